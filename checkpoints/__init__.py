@@ -1,0 +1,1 @@
+"""Durable, layout-free checkpoint store and format conversions."""

@@ -1,0 +1,1 @@
+"""The model in pipeline stages and the parallel topology."""

@@ -1,0 +1,141 @@
+"""Where DeepSpeed's just-in-time C++ extensions are built, and the recovery from a build that was killed.
+
+torch guards a build with a file named ``lock`` that it keeps open and deletes at the end. A killed build leaves the
+file behind, and every later process would wait for it forever.
+"""
+
+import fcntl
+import hashlib
+import os
+import platform
+import shutil
+import sys
+import sysconfig
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+REPOSITORY_ROOT = Path(__file__).resolve().parents[1]
+# On a shared file system the builder may run on another machine, where its open files cannot be seen.
+SHARED_LOCK_AGE_SECONDS = 600.0
+LOCAL_FILE_SYSTEMS = frozenset({"btrfs", "ext2", "ext3", "ext4", "overlay", "tmpfs", "xfs", "zfs"})
+
+
+def use_extension_cache() -> Path:
+    """Point torch at the project's extension cache, clear locks of killed builds, and let torch find ninja.
+
+    Call it before DeepSpeed is imported. ``TORCH_EXTENSIONS_DIR`` wins if it is set already.
+
+    Returns:
+        The directory that holds one folder per extension.
+    """
+    _make_ninja_visible()
+    default = REPOSITORY_ROOT / ".cache" / "torch_extensions" / _build_key()
+    directory = Path(os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(default)))
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        clear_stale_locks(directory)
+    except OSError as error:
+        # A prebuilt cache on a read-only file system is still usable.
+        if not directory.is_dir():
+            print(f"warning: no extension cache at {directory}: {error.strerror}", file=sys.stderr)
+    return directory
+
+
+def clear_stale_locks(directory: Path) -> list[Path]:
+    """Remove build locks that no process holds.
+
+    Args:
+        directory: The extension cache, with one folder per extension.
+
+    Returns:
+        The lock files that were removed.
+    """
+    locks = sorted(directory.glob("*/lock"))
+    if not locks:
+        return []
+    with open(directory / ".cleanup", "w") as guard:
+        fcntl.flock(guard, fcntl.LOCK_EX)
+        return [lock for lock in locks if _remove_if_stale(lock)]
+
+
+def _make_ninja_visible() -> None:
+    """A script started as .venv/bin/python does not have .venv/bin on its path, where pip puts ninja."""
+    if shutil.which("ninja") is None:
+        os.environ["PATH"] = os.environ.get("PATH", "") + os.pathsep + sysconfig.get_path("scripts")
+
+
+def _build_key() -> str:
+    """Name of the cache for this Python, torch and processor: DeepSpeed compiles with -march=native."""
+    processor = platform.machine() + _processor_flags()
+    digest = hashlib.sha256(processor.encode()).hexdigest()[:8]
+    return f"py{sys.version_info.major}{sys.version_info.minor}-torch{version('torch')}-{digest}"
+
+
+def _processor_flags() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line for line in lines if line.startswith(("flags", "Features"))), "")
+
+
+def _remove_if_stale(lock: Path) -> bool:
+    try:
+        seen = lock.stat()
+        if _is_held(seen) or not _visible_here(lock, seen):
+            return False
+        # A build that ended and another that began since then would have made a different file.
+        now = lock.stat()
+        if (now.st_ino, now.st_mtime_ns) != (seen.st_ino, seen.st_mtime_ns):
+            return False
+        lock.unlink()
+    except FileNotFoundError:
+        return False
+    print(f"removed {lock}, left by a build that was killed", file=sys.stderr)
+    return True
+
+
+def _visible_here(lock: Path, status: os.stat_result) -> bool:
+    """Whether a holder of the lock would have been seen: own process, this machine; else only after a long time."""
+    if os.geteuid() not in (0, status.st_uid):
+        return False
+    local = _file_system(lock) in LOCAL_FILE_SYSTEMS
+    return local or time.time() - status.st_mtime > SHARED_LOCK_AGE_SECONDS
+
+
+def _is_held(status: os.stat_result) -> bool:
+    """Whether any process of this machine has the file open."""
+    wanted = (status.st_dev, status.st_ino)
+    for process in Path("/proc").glob("[0-9]*/fd"):
+        try:
+            descriptors = list(process.iterdir())
+        except OSError:
+            continue
+        if any(_identity(descriptor) == wanted for descriptor in descriptors):
+            return True
+    return False
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
+
+
+def _file_system(path: Path) -> str:
+    """Type of the file system that holds a path, for example ``ext4`` or ``nfs``; empty if unknown."""
+    try:
+        mounts = Path("/proc/self/mountinfo").read_text().splitlines()
+    except OSError:
+        return ""
+    resolved = path.resolve()
+    best, kind = -1, ""
+    for mount in mounts:
+        left, _, right = mount.partition(" - ")
+        point = Path(left.split()[4].replace("\\040", " "))
+        if resolved.is_relative_to(point) and len(point.parts) >= best:
+            best, kind = len(point.parts), right.split()[0]
+    return kind

@@ -1,0 +1,1 @@
+"""Launching and requeueing on a cluster."""

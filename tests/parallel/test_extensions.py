@@ -1,0 +1,64 @@
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from parallel.extensions import REPOSITORY_ROOT, clear_stale_locks, use_extension_cache
+
+
+def test_a_lock_that_nobody_holds_is_removed(tmp_path: Path) -> None:
+    lock = tmp_path / "some_op" / "lock"
+    lock.parent.mkdir()
+    lock.touch()
+    assert clear_stale_locks(tmp_path) == [lock]
+    assert not lock.exists()
+
+
+def test_a_lock_held_by_a_live_build_stays_and_goes_after_the_kill(tmp_path: Path) -> None:
+    lock = tmp_path / "some_op" / "lock"
+    lock.parent.mkdir()
+    holder = subprocess.Popen(
+        [
+            sys.executable,
+            "-c",
+            f"import os, time; os.open({str(lock)!r}, os.O_CREAT | os.O_EXCL); print(1, flush=True); time.sleep(60)",
+        ],
+        stdout=subprocess.PIPE,
+    )
+    assert holder.stdout is not None
+    holder.stdout.readline()
+    assert clear_stale_locks(tmp_path) == []
+    assert lock.exists()
+    holder.kill()
+    holder.wait()
+    assert clear_stale_locks(tmp_path) == [lock]
+
+
+def test_the_cache_lies_in_the_repository_unless_the_user_names_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("TORCH_EXTENSIONS_DIR", raising=False)
+    default = use_extension_cache()
+    assert default.is_relative_to(REPOSITORY_ROOT / ".cache")
+    assert os.environ["TORCH_EXTENSIONS_DIR"] == str(default)
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "mine"))
+    assert use_extension_cache() == tmp_path / "mine"
+    assert (tmp_path / "mine").is_dir()
+
+
+def test_ninja_of_the_environment_is_found(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    use_extension_cache()
+    assert subprocess.run(["ninja", "--version"], capture_output=True, check=True).stdout
+
+
+def test_building_without_a_compiler_is_one_line(tmp_path: Path) -> None:
+    script = REPOSITORY_ROOT / "tools" / "build_extensions.py"
+    environment = os.environ | {"PATH": str(tmp_path), "TORCH_EXTENSIONS_DIR": str(tmp_path / "cache")}
+    result = subprocess.run([sys.executable, script], env=environment, cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 2
+    assert result.stderr.splitlines() == [line for line in result.stderr.splitlines() if line.startswith("error: g++")]
+    assert "apt-get install g++" in result.stderr

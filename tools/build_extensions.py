@@ -1,0 +1,67 @@
+"""Build the C++ extensions that DeepSpeed needs on this machine, so that no run has to.
+
+Usage: python tools/build_extensions.py
+"""
+
+import shutil
+import sys
+import time
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from parallel.extensions import use_extension_cache
+
+COMPILER_PACKAGES = {
+    "g++": "install the package g++ (apt-get install g++)",
+    "ninja": "install the package ninja (pip install ninja)",
+}
+
+
+def find_missing_tool() -> str | None:
+    """Name of the first build tool that is not on the path, or None."""
+    return next((tool for tool in COMPILER_PACKAGES if shutil.which(tool) is None), None)
+
+
+def build_communication_op() -> str:
+    """Build and load DeepSpeed's shared-memory communication op.
+
+    Returns:
+        What happened, in words.
+
+    Raises:
+        RuntimeError: The compiler failed.
+    """
+    from deepspeed.accelerator import get_accelerator
+
+    accelerator = get_accelerator()
+    if accelerator.device_name() != "cpu":
+        return f"nothing to build for the {accelerator.device_name()} accelerator"
+    builder = accelerator.create_op_builder("ShareMemCommBuilder")
+    if builder is None or not builder.is_compatible():
+        return "this platform uses gloo alone"
+    started = time.monotonic()
+    builder.load(verbose=False)
+    return f"{builder.name} ready in {time.monotonic() - started:.0f} s"
+
+
+def main() -> int:
+    """Build everything and report in one line."""
+    directory = use_extension_cache()
+    tool = find_missing_tool()
+    if tool is not None:
+        print(
+            f"error: {tool} not found, needed to build DeepSpeed's CPU op: {COMPILER_PACKAGES[tool]}", file=sys.stderr
+        )
+        return 2
+    try:
+        outcome = build_communication_op()
+    except RuntimeError as error:
+        print(f"error: building DeepSpeed's CPU op in {directory} failed: {error}", file=sys.stderr)
+        return 2
+    print(f"DeepSpeed extensions: {outcome}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
