@@ -1,0 +1,41 @@
+"""Initial weights, a pure function of (seed, parameter name): alike for every tensor, pipeline and data layout.
+
+As the reference (paper_facts, section 5): matrices and tables N(0, 0.02), biases 0, norms 1 and 0, and the expansion of
+context embeddings N(0, D^-0.5), so that prefix vectors start at unit scale.
+"""
+
+import hashlib
+
+import torch
+from torch import Tensor, nn
+
+from parallel.config import ModelConfig
+from parallel.sharding import local_slice, parameter_shard
+
+
+def initialize_weights(module: nn.Module, config: ModelConfig, seed: int) -> None:
+    """Fills every parameter of a stage in place with its slice of the global initial tensor.
+
+    Args:
+        module: a stage; its parameter names are global.
+        config: the model.
+        seed: same seed, same model.
+    """
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            shard = parameter_shard(parameter)
+            full = _initial_tensor(name, shard.global_shape, config, seed)
+            parameter.copy_(local_slice(full, shard))
+
+
+def _initial_tensor(name: str, shape: tuple[int, ...], config: ModelConfig, seed: int) -> Tensor:
+    if name.endswith(".bias"):
+        return torch.zeros(shape)
+    if len(shape) == 1:
+        return torch.ones(shape)
+    std = config.initializer_std
+    if name == "token_decoder.input.expansion.weight":
+        std = config.blocks.hidden_size**-0.5
+    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    return torch.empty(shape).normal_(0.0, std, generator=generator)

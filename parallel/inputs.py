@@ -1,0 +1,115 @@
+"""What a micro-batch of token ids becomes before the first layer: targets and attention masks.
+
+Notation: B sequences, S tokens per sequence, L block length, N = S / L blocks, P prefix length, T = P + L - 1.
+The token decoder keeps N rows per sequence (row i decodes block i + 1; the last row has no target), so that rows divide
+evenly under sequence parallelism.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from parallel.config import ModelConfig
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Token ids and which of them are real.
+
+    Attributes:
+        token_ids: int64 [B, S]; padded slots hold any valid id.
+        mask: bool [B, S]; False marks padding.
+    """
+
+    token_ids: Tensor
+    mask: Tensor
+
+
+@dataclass(frozen=True)
+class ModelInputs:
+    """Everything the pieces of the model read besides hidden states.
+
+    Attributes:
+        token_ids: int64; [B, N, L] for block models, [B, S] for vanilla.
+        global_mask: bool [B, 1, N, N] or [B, 1, S, S], True = may attend; None = plain causal attention.
+        local_mask: bool [N * B, 1, T, T] for the token decoder; None = plain causal attention.
+        targets: int64 [N * B, L] or [S, B]: the token each output position predicts.
+        target_mask: bool, as targets: False where there is nothing to predict.
+    """
+
+    token_ids: Tensor
+    global_mask: Tensor | None
+    local_mask: Tensor | None
+    targets: Tensor
+    target_mask: Tensor
+
+
+def count_targets(config: ModelConfig, mask: Tensor) -> Tensor:
+    """Number of valid targets in a mask [B, S]: real tokens outside the first block (vanilla: the first token)."""
+    return mask[:, config.unit_length :].sum()
+
+
+def prepare_inputs(config: ModelConfig, batch: MicroBatch) -> ModelInputs:
+    """Builds the model's inputs from one micro-batch; every pipeline stage and tensor-parallel rank does so alike."""
+    return _block_inputs(config, batch) if config.is_block else _vanilla_inputs(batch)
+
+
+def _block_inputs(config: ModelConfig, batch: MicroBatch) -> ModelInputs:
+    length = config.block_length
+    num_sequences, num_tokens = batch.token_ids.shape
+    blocks = batch.token_ids.view(num_sequences, num_tokens // length, length)
+    block_mask = batch.mask.view_as(blocks)
+    targets = _next(blocks).transpose(0, 1).reshape(-1, length)
+    target_mask = _next(block_mask).transpose(0, 1).reshape(-1, length)
+    return ModelInputs(
+        token_ids=blocks,
+        global_mask=_causal_mask(block_mask.any(dim=2)),
+        local_mask=_local_mask(config, target_mask),
+        targets=targets,
+        target_mask=target_mask,
+    )
+
+
+def _vanilla_inputs(batch: MicroBatch) -> ModelInputs:
+    return ModelInputs(
+        token_ids=batch.token_ids,
+        global_mask=_causal_mask(batch.mask),
+        local_mask=None,
+        targets=_next(batch.token_ids).transpose(0, 1).contiguous(),
+        target_mask=_next(batch.mask).transpose(0, 1).contiguous(),
+    )
+
+
+def _next(values: Tensor) -> Tensor:
+    """Shifts [B, N, ...] one step to the left along N; the last step becomes 0 (False)."""
+    shifted = torch.zeros_like(values)
+    shifted[:, :-1] = values[:, 1:]
+    return shifted
+
+
+def _causal_mask(valid: Tensor) -> Tensor | None:
+    """Causal attention over [B, N] that skips padded keys; None when nothing is padded.
+
+    A query with no real key before it (leading padding) attends to itself, so that no future leaks in.
+    """
+    if bool(valid.all()):
+        return None
+    size = valid.shape[1]
+    causal = torch.ones(size, size, dtype=torch.bool, device=valid.device).tril()
+    allowed = causal & valid[:, None, :]
+    empty = ~allowed.any(dim=2, keepdim=True)
+    itself = torch.eye(size, dtype=torch.bool, device=valid.device)
+    return (allowed | (empty & itself))[:, None]
+
+
+def _local_mask(config: ModelConfig, target_mask: Tensor) -> Tensor | None:
+    """Causal attention inside each block [rows, L]: prefix and real earlier tokens; None when all tokens are real."""
+    tokens = target_mask[:, :-1]
+    if bool(tokens.all()):
+        return None
+    prefix = tokens.new_ones(tokens.shape[0], config.prefix_length)
+    keys = torch.cat((prefix, tokens), dim=1)
+    size = keys.shape[1]
+    causal = torch.ones(size, size, dtype=torch.bool, device=keys.device).tril()
+    return (causal & keys[:, None, :])[:, None]

@@ -1,0 +1,140 @@
+"""A pipeline stage: a contiguous slice of the model's pieces as one module."""
+
+from typing import Any
+
+import torch
+from megatron.core.enums import ModelType
+from megatron.core.transformer import TransformerConfig
+from torch import Tensor, nn
+
+from parallel.config import ModelConfig, ParallelConfig
+from parallel.costs import pipeline_split
+from parallel.cpu_adaptation import compute_device
+from parallel.initialization import initialize_weights
+from parallel.inputs import MicroBatch, ModelInputs, prepare_inputs
+from parallel.pieces import OutputHead, build_piece
+from parallel.structure import piece_names
+from parallel.topology import coordinates, sum_over_tensor_parallel
+
+
+def megatron_config(model: ModelConfig, parallel: ParallelConfig, dtype: torch.dtype) -> TransformerConfig:
+    """Megatron-core's settings for the parallel layers and the pipeline schedule."""
+    widest = max(model.stacks, key=lambda stack: stack.hidden_size)
+    return TransformerConfig(
+        num_layers=sum(stack.num_layers for stack in model.stacks),
+        hidden_size=widest.hidden_size,
+        num_attention_heads=widest.num_attention_heads,
+        ffn_hidden_size=widest.feed_forward_size,
+        tensor_model_parallel_size=parallel.tensor,
+        pipeline_model_parallel_size=parallel.pipeline,
+        sequence_parallel=parallel.sequence_parallel,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype is torch.bfloat16,
+        use_cpu_initialization=True,
+        perform_initialization=False,
+        calculate_per_token_loss=True,
+        gradient_accumulation_fusion=False,
+        masked_softmax_fusion=False,
+        bias_dropout_fusion=False,
+        apply_rope_fusion=False,
+        persist_layer_norm=False,
+        batch_p2p_comm=False,
+        cuda_graph_scope=[],
+    )
+
+
+class Stage(nn.Module):
+    """The pieces of one pipeline stage.
+
+    Parameter names are global: they do not depend on the layout. `config`, `model_type` and `set_input_tensor` are
+    what Megatron-core's schedules ask of a model.
+    """
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        parallel: ParallelConfig,
+        dtype: torch.dtype = torch.float32,
+        pipeline_rank: int | None = None,
+    ) -> None:
+        super().__init__()
+        rank = coordinates().pipeline_rank if pipeline_rank is None else pipeline_rank
+        self.model_config = model
+        self.config = megatron_config(model, parallel, dtype)
+        self.model_type = ModelType.encoder_or_decoder
+        self.names = [cost.name for cost in pipeline_split(model, parallel.pipeline)[rank]]
+        for name in self.names:
+            _register(self, name, build_piece(name, model, self.config, parallel.activation_checkpointing))
+        self._input: Tensor | None = None
+
+    @property
+    def has_output(self) -> bool:
+        """Whether this stage ends in the head and the loss."""
+        return self.names[-1] == piece_names(self.model_config)[-1]
+
+    def piece(self, name: str) -> nn.Module:
+        """The piece of that name."""
+        return self.get_submodule(name)
+
+    def set_input_tensor(self, tensors: list[Tensor | None]) -> None:
+        """Receives the hidden states of the stage before (Megatron-core's protocol)."""
+        self._input = tensors[0]
+
+    def forward(self, batch: MicroBatch) -> Tensor:
+        """Hidden states for the next stage, or, on the last stage, the cross entropy of each target (fp32)."""
+        inputs = prepare_inputs(self.model_config, batch)
+        return self.run(self._input, inputs)
+
+    def run(self, hidden: Tensor | None, inputs: ModelInputs) -> Tensor:
+        """Runs all pieces of this stage on prepared inputs."""
+        for name in self.names:
+            hidden = self.piece(name)(hidden, inputs)
+        assert hidden is not None
+        return hidden
+
+    def logits(self, batch: MicroBatch) -> Tensor:
+        """Logits of every target, [N * B, L, V] (row n * B + b decodes block n + 1 of sequence b) or [S, B, V].
+
+        Only for an unpipelined model.
+        """
+        inputs = prepare_inputs(self.model_config, batch)
+        hidden: Tensor | None = None
+        for name in self.names[:-1]:
+            hidden = self.piece(name)(hidden, inputs)
+        output = self.piece(self.names[-1])
+        assert isinstance(output, OutputHead) and hidden is not None
+        return output.logits(hidden)
+
+
+def _register(root: nn.Module, name: str, module: nn.Module) -> None:
+    """Registers a module under a dotted name, so that its parameter names come out global."""
+    *parents, leaf = name.split(".")
+    for part in parents:
+        if not hasattr(root, part):
+            root.add_module(part, nn.Module())
+        root = getattr(root, part)
+    root.add_module(leaf, module)
+
+
+def _sum_sequence_parallel_gradients(stage: Stage) -> None:
+    """Sums gradients of replicated parameters over TP as they arise.
+
+    Under sequence parallelism each rank sees only its own rows. A hook on the gradient, not a pass afterwards, because
+    ZeRO 2 and 3 reduce gradients away during backward.
+    """
+    for parameter in stage.parameters():
+        if getattr(parameter, "sequence_parallel", False):
+            parameter.register_hook(sum_over_tensor_parallel)
+
+
+def build_stage(
+    model: ModelConfig, parallel: ParallelConfig, dtype: torch.dtype = torch.float32, seed: int | None = 0, **place: Any
+) -> Stage:
+    """Builds this rank's stage on its device, with weights initialized from the seed (None: left uninitialized)."""
+    stage = Stage(model, parallel, dtype, **place)
+    if seed is not None:
+        initialize_weights(stage, model, seed)
+    stage.to(compute_device())
+    _sum_sequence_parallel_gradients(stage)
+    return stage

@@ -1,0 +1,18 @@
+"""The order of the model's pieces, by name. Imports nothing heavy, so that a dry run is quick."""
+
+from parallel.config import ModelConfig
+
+
+def piece_names(config: ModelConfig) -> list[str]:
+    """Names of all pieces in order; parameter names are these plus the name within the piece."""
+    if not config.is_block:
+        layers = [f"decoder.layers.{i}" for i in range(config.vanilla.num_layers)]
+        return ["decoder.embedding", *layers, "decoder.output"]
+    return [
+        "embedder",
+        *(f"block_decoder.layers.{i}" for i in range(config.blocks.num_layers)),
+        "block_decoder.norm",
+        "token_decoder.input",
+        *(f"token_decoder.layers.{i}" for i in range(config.tokens.num_layers)),
+        "token_decoder.output",
+    ]

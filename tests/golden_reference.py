@@ -1,0 +1,128 @@
+"""Reads tests/golden: weights, inputs, outputs and gradients recorded from the reference implementation.
+
+Maps the reference's parameter names to ours. Golden files hold two sequences of eight blocks in fp32.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from parallel.config import DecoderConfig, ModelConfig
+from parallel.inputs import MicroBatch
+
+GOLDEN = Path(__file__).parent / "golden"
+BLOCK_VARIANTS = ("main_prefix_b4", "prefix_b1", "prefix_b2", "prefix_b8", "prefix_r1_b4", "vocab_padded_b4")
+NUM_BLOCKS = 8
+
+_LAYER_NAMES = {
+    "input_layernorm": "attention_norm",
+    "post_attention_layernorm": "feed_forward_norm",
+    "attention.query_key_value": "attention.query_key_value",
+    "attention.dense": "attention.dense",
+    "mlp.dense_h_to_4h": "feed_forward.expand",
+    "mlp.dense_4h_to_h": "feed_forward.contract",
+}
+_BLOCK_NAMES = {
+    "embedder.embeddings": "embedder.embedding",
+    "block_decoder.gpt_neox.final_layer_norm": "block_decoder.norm",
+    "token_decoder.expansion_layer": "token_decoder.input.expansion",
+    "token_decoder.gpt_neox.embed_in": "token_decoder.input.embedding",
+    "token_decoder.gpt_neox.final_layer_norm": "token_decoder.output.norm",
+    "token_decoder.embed_out": "token_decoder.output.head",
+}
+_VANILLA_NAMES = {
+    "gpt_neox.embed_in": "decoder.embedding",
+    "gpt_neox.final_layer_norm": "decoder.output.norm",
+    "embed_out": "decoder.output.head",
+}
+
+
+@dataclass(frozen=True)
+class GoldenSet:
+    """One variant: its configuration, weights under our names, and recorded tensors."""
+
+    name: str
+    config: ModelConfig
+    weights: dict[str, Tensor]
+    inputs: dict[str, Tensor]
+    outputs: dict[str, Tensor]
+    generation: dict[str, Tensor]
+
+    def batch(self, case: str) -> MicroBatch:
+        """The recorded inputs of a case as a micro-batch of two sequences."""
+        ids = self.inputs[f"{case}.input_ids"].reshape(2, -1)
+        mask = self.inputs[f"{case}.attention_mask"].reshape(2, -1).bool()
+        return MicroBatch(ids, mask)
+
+    def gradients(self, case: str) -> dict[str, Tensor]:
+        """The recorded gradients of a case under our names."""
+        return _rename(load_file(GOLDEN / self.name / f"grads_{case}.safetensors"), self.config)
+
+
+def load_golden(name: str) -> GoldenSet:
+    """Loads one variant."""
+    folder = GOLDEN / name
+    weights = load_file(folder / "model.safetensors")
+    outputs = load_file(folder / "outputs.safetensors")
+    config = _vanilla_config(weights) if name == "vanilla" else _block_config(weights, outputs)
+    return GoldenSet(
+        name=name,
+        config=config,
+        weights=_rename(weights, config),
+        inputs=load_file(folder / "inputs.safetensors"),
+        outputs=outputs,
+        generation=load_file(folder / "generation.safetensors"),
+    )
+
+
+def _block_config(weights: dict[str, Tensor], outputs: dict[str, Tensor]) -> ModelConfig:
+    vocab_size, width = weights["token_decoder.embed_out.weight"].shape
+    length = outputs["nopad.logits"].shape[2]
+    decoder = DecoderConfig(num_layers=2, hidden_size=width, num_attention_heads=width // 16)
+    return ModelConfig(
+        vocab_size=vocab_size,
+        sequence_length=NUM_BLOCKS * length,
+        block_length=length,
+        prefix_length=weights["token_decoder.expansion_layer.weight"].shape[0] // width,
+        block_decoder=decoder,
+        token_decoder=decoder,
+    )
+
+
+def _vanilla_config(weights: dict[str, Tensor]) -> ModelConfig:
+    vocab_size, width = weights["embed_out.weight"].shape
+    decoder = DecoderConfig(num_layers=4, hidden_size=width, num_attention_heads=width // 16)
+    return ModelConfig(architecture="vanilla", vocab_size=vocab_size, sequence_length=32, decoder=decoder)
+
+
+def _rename(tensors: dict[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
+    """Our name for each reference tensor; drops the tables the reference never uses."""
+    renamed = {}
+    for key, value in tensors.items():
+        stem, _, kind = key.rpartition(".")
+        if stem == "block_decoder.gpt_neox.embed_in":
+            continue
+        if stem == "token_decoder.gpt_neox.embed_in" and config.block_length == 1:
+            continue
+        name = _stem(stem, config)
+        renamed[f"{name}.{kind}"] = value.squeeze(-1) if "expansion" in name and value.dim() == 3 else value
+    return renamed
+
+
+def _stem(stem: str, config: ModelConfig) -> str:
+    known = _BLOCK_NAMES if config.is_block else _VANILLA_NAMES
+    if stem in known:
+        return known[stem]
+    owner, _, rest = stem.partition(".layers.")
+    index, _, inner = rest.partition(".")
+    prefix = owner.split(".")[0] if config.is_block else "decoder"
+    return f"{prefix}.layers.{index}.{_LAYER_NAMES[inner]}"
+
+
+def relative_difference(actual: Tensor, expected: Tensor) -> float:
+    """Largest absolute difference over the largest absolute expected value."""
+    scale = expected.abs().max().clamp_min(torch.finfo(torch.float32).tiny)
+    return float((actual - expected).abs().max() / scale)
