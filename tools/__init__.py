@@ -1,1 +1,1 @@
-"""Command line scripts, one per job."""
+"""What a person runs: one thin script per job."""

@@ -1,0 +1,1 @@
+"""Tokenizers, WebDataset shards, packing into blocks and the deterministic sequence stream."""

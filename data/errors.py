@@ -1,0 +1,5 @@
+"""The error class for mistakes in data, tokenizers and data settings."""
+
+
+class DataError(Exception):
+    """A user can fix this: the message names the file or field, its value and the fix in one sentence."""

@@ -1,0 +1,140 @@
+"""The manifest of a split: everything a reader needs to know about its shards without opening them."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import TypeVar
+
+import pydantic
+from pydantic import BaseModel, ConfigDict, Field
+
+from data.errors import DataError
+from data.files import write_atomically
+
+MANIFEST_NAME = "manifest.json"
+FORMAT_VERSION = 1
+DTYPES = {"uint16": 2, "uint32": 4}
+
+Model = TypeVar("Model", bound=BaseModel)
+
+
+class ShardRecord(BaseModel):
+    """One shard: a tar of samples, and a sidecar with the lengths of its documents."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    file: str = Field(..., description="Name of the tar, beside the manifest.")
+    documents: int = Field(..., ge=1, description="Number of documents.")
+    tokens: int = Field(..., ge=1, description="Number of tokens of all documents, without end-of-text tokens.")
+    bytes: int = Field(..., ge=1, description="Size of the tar.")
+    sha256: str = Field(..., description="Checksum of the tar.")
+    lengths_file: str = Field(..., description="Name of the .npy with the number of tokens of each document.")
+    lengths_bytes: int = Field(..., ge=1, description="Size of that file.")
+    lengths_sha256: str = Field(..., description="Checksum of that file.")
+    sample_offsets: tuple[int, ...] = Field(..., description="Byte in the tar where the tokens of each sample start.")
+    sample_tokens: tuple[int, ...] = Field(..., description="Number of tokens of each sample.")
+
+
+class Manifest(BaseModel):
+    """A split: its tokenizer and its shards."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    format_version: int = Field(..., description="Version of this layout.")
+    tokenizer_file: str = Field(..., description="Name of the tokenizer's copy in the directory above.")
+    tokenizer_fingerprint: str = Field(..., description="SHA-256 of the tokenizer file.")
+    vocab_size: int = Field(..., ge=1, description="One more than the largest token id.")
+    eos_id: int = Field(..., ge=0, description="Token that packing puts after each document.")
+    dtype: str = Field(..., description="Type of the stored tokens, uint16 or uint32, little endian.")
+    shards: tuple[ShardRecord, ...] = Field(..., description="The shards, in the order of the input.")
+
+    @property
+    def documents(self) -> int:
+        """Number of documents in the split."""
+        return sum(shard.documents for shard in self.shards)
+
+    @property
+    def tokens(self) -> int:
+        """Number of tokens in the split, without end-of-text tokens."""
+        return sum(shard.tokens for shard in self.shards)
+
+    @property
+    def fingerprint(self) -> str:
+        """Identity of the content: equal for equal documents and tokenizer, wherever the files lie."""
+        identity = [self.format_version, self.tokenizer_fingerprint, self.dtype]
+        shards = [[shard.sha256, shard.lengths_sha256] for shard in self.shards]
+        return hashlib.sha256(json.dumps([identity, shards]).encode()).hexdigest()
+
+
+def dtype_for(vocab_size: int) -> str:
+    """Names the smallest stored type that holds every token id.
+
+    Args:
+        vocab_size: One more than the largest token id.
+
+    Returns:
+        `uint16` or `uint32`.
+    """
+    return "uint16" if vocab_size <= 2**16 else "uint32"
+
+
+def write_manifest(directory: Path, manifest: Manifest) -> None:
+    """Writes `manifest.json` atomically.
+
+    Args:
+        directory: The split's directory.
+        manifest: What to write.
+    """
+    write_atomically(directory / MANIFEST_NAME, manifest.model_dump_json(indent=1).encode())
+
+
+def read_manifest(directory: Path) -> Manifest:
+    """Reads and checks the manifest of a split.
+
+    Args:
+        directory: The split's directory.
+
+    Returns:
+        The manifest.
+
+    Raises:
+        DataError: It is missing, damaged, of another version, or has an unknown dtype.
+    """
+    path = directory / MANIFEST_NAME
+    if not path.is_file():
+        raise DataError(f"{directory} holds no {MANIFEST_NAME}; make the shards with tools/prepare_data.py")
+    manifest = parse_model(Manifest, path)
+    if manifest.format_version != FORMAT_VERSION:
+        raise DataError(
+            f"{path} has format version {manifest.format_version}, this code reads {FORMAT_VERSION}; "
+            "prepare the data again with tools/prepare_data.py"
+        )
+    if manifest.dtype not in DTYPES:
+        raise DataError(
+            f"{path} has dtype {manifest.dtype!r}, only {' and '.join(DTYPES)} are known; "
+            "prepare the data again with tools/prepare_data.py"
+        )
+    return manifest
+
+
+def parse_model(model: type[Model], path: Path) -> Model:
+    """Reads a JSON file into a pydantic model.
+
+    Args:
+        model: Class to read into.
+        path: JSON file.
+
+    Returns:
+        The checked object.
+
+    Raises:
+        DataError: The file does not fit the class.
+    """
+    try:
+        return model.model_validate_json(path.read_bytes())
+    except pydantic.ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "the whole file"
+        raise DataError(
+            f"{path} is damaged ({where}: {first['msg']}); prepare the data again with tools/prepare_data.py"
+        ) from None

@@ -1,0 +1,38 @@
+"""What all command-line tools share: how they end, and how they tell a user what went wrong."""
+
+import signal
+import sys
+from collections.abc import Callable
+from types import FrameType
+from typing import NoReturn
+
+USER_ERROR_STATUS = 2
+INTERRUPTED_STATUS = 130
+TERMINATED_STATUS = 143
+
+
+def run(main: Callable[[], int | None], *user_errors: type[Exception]) -> NoReturn:
+    """Runs a tool and ends the process; a user's mistake gives one line and status 2 instead of a traceback.
+
+    Args:
+        main: The tool; returns the exit status, None for 0.
+        *user_errors: Error classes whose message is meant for the user.
+    """
+    try:
+        status = main()
+    except user_errors as error:
+        print(f"error: {error}", file=sys.stderr)
+        status = USER_ERROR_STATUS
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        status = INTERRUPTED_STATUS
+    sys.exit(status)
+
+
+def exit_on_termination() -> None:
+    """Makes SIGTERM end this process like an exception, so that everything opened is closed and cleaned up."""
+
+    def handle(signal_number: int, frame: FrameType | None) -> NoReturn:
+        sys.exit(TERMINATED_STATUS)
+
+    signal.signal(signal.SIGTERM, handle)
