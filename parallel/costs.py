@@ -56,7 +56,7 @@ def _piece_cost(name: str, config: ModelConfig) -> PieceCost:
     if name == "embedder":
         table = config.vocab_size * (config.blocks.hidden_size // config.block_length)
         return PieceCost(name, table, table, 0.0)
-    if name == "decoder.embedding":
+    if name == "vanilla.embedding":
         table = config.vocab_size * config.vanilla.hidden_size
         return PieceCost(name, table, table, 0.0)
     if name == "block_decoder.norm":

@@ -10,7 +10,11 @@ from functools import lru_cache
 import torch
 import torch.nn.functional as F
 from megatron.core import parallel_state
-from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from megatron.core.tensor_parallel import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    set_tensor_model_parallel_attributes,
+)
 from megatron.core.transformer import TransformerConfig
 from torch import Tensor, nn
 
@@ -21,9 +25,14 @@ def _no_initialization(weight: Tensor) -> None:
     """Weights are set by parallel.initialization, by name, alike under every layout."""
 
 
+def mark_split(weight: nn.Parameter, axis: int) -> None:
+    """Marks a weight as split along an axis; Megatron-core does so only when it initializes the weight itself."""
+    set_tensor_model_parallel_attributes(weight, is_parallel=True, dim=axis, stride=1)
+
+
 def column_parallel(inputs: int, outputs: int, megatron: TransformerConfig, bias: bool = True) -> ColumnParallelLinear:
     """Linear layer whose output features are split over the tensor-parallel group."""
-    return ColumnParallelLinear(
+    layer = ColumnParallelLinear(
         inputs,
         outputs,
         config=megatron,
@@ -32,11 +41,13 @@ def column_parallel(inputs: int, outputs: int, megatron: TransformerConfig, bias
         gather_output=False,
         tp_group=parallel_state.get_tensor_model_parallel_group(),
     )
+    mark_split(layer.weight, axis=0)
+    return layer
 
 
 def row_parallel(inputs: int, outputs: int, megatron: TransformerConfig) -> RowParallelLinear:
     """Linear layer whose input features are split over the tensor-parallel group."""
-    return RowParallelLinear(
+    layer = RowParallelLinear(
         inputs,
         outputs,
         config=megatron,
@@ -46,6 +57,8 @@ def row_parallel(inputs: int, outputs: int, megatron: TransformerConfig) -> RowP
         skip_bias_add=False,
         tp_group=parallel_state.get_tensor_model_parallel_group(),
     )
+    mark_split(layer.weight, axis=1)
+    return layer
 
 
 def mark_sequence_parallel(module: nn.Module, megatron: TransformerConfig) -> None:

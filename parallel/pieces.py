@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from parallel.config import ModelConfig
 from parallel.inputs import ModelInputs
-from parallel.layers import LayerNorm, TransformerLayer, column_parallel, mark_sequence_parallel
+from parallel.layers import LayerNorm, TransformerLayer, column_parallel, mark_sequence_parallel, mark_split
 
 
 class TokenEmbedding(VocabParallelEmbedding):
@@ -36,6 +36,7 @@ class TokenEmbedding(VocabParallelEmbedding):
             config=megatron,
             tp_group=parallel_state.get_tensor_model_parallel_group(),
         )
+        mark_split(self.weight, axis=0)
 
     def forward(self, ids: Tensor) -> Tensor:
         """Looks ids [rows, columns] up; rows are scattered over TP under sequence parallelism."""
@@ -159,10 +160,10 @@ def build_piece(name: str, config: ModelConfig, megatron: TransformerConfig, rec
         return DecoderLayer(config, megatron, name.startswith("token_decoder"), recompute)
     pieces = {
         "embedder": Embedder,
-        "decoder.embedding": VanillaEmbedding,
+        "vanilla.embedding": VanillaEmbedding,
         "block_decoder.norm": BlockNorm,
         "token_decoder.input": PrefixInput,
         "token_decoder.output": OutputHead,
-        "decoder.output": OutputHead,
+        "vanilla.output": OutputHead,
     }
     return pieces[name](config, megatron)

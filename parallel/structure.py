@@ -4,10 +4,13 @@ from parallel.config import ModelConfig
 
 
 def piece_names(config: ModelConfig) -> list[str]:
-    """Names of all pieces in order; parameter names are these plus the name within the piece."""
+    """Names of all pieces in order; parameter names are these plus the name within the piece.
+
+    No name starts with `decoder`: Megatron-core looks for modules of that name.
+    """
     if not config.is_block:
-        layers = [f"decoder.layers.{i}" for i in range(config.vanilla.num_layers)]
-        return ["decoder.embedding", *layers, "decoder.output"]
+        layers = [f"vanilla.layers.{i}" for i in range(config.vanilla.num_layers)]
+        return ["vanilla.embedding", *layers, "vanilla.output"]
     return [
         "embedder",
         *(f"block_decoder.layers.{i}" for i in range(config.blocks.num_layers)),

@@ -34,9 +34,9 @@ _BLOCK_NAMES = {
     "token_decoder.embed_out": "token_decoder.output.head",
 }
 _VANILLA_NAMES = {
-    "gpt_neox.embed_in": "decoder.embedding",
-    "gpt_neox.final_layer_norm": "decoder.output.norm",
-    "embed_out": "decoder.output.head",
+    "gpt_neox.embed_in": "vanilla.embedding",
+    "gpt_neox.final_layer_norm": "vanilla.output.norm",
+    "embed_out": "vanilla.output.head",
 }
 
 
@@ -118,7 +118,7 @@ def _stem(stem: str, config: ModelConfig) -> str:
         return known[stem]
     owner, _, rest = stem.partition(".layers.")
     index, _, inner = rest.partition(".")
-    prefix = owner.split(".")[0] if config.is_block else "decoder"
+    prefix = owner.split(".")[0] if config.is_block else "vanilla"
     return f"{prefix}.layers.{index}.{_LAYER_NAMES[inner]}"
 
 

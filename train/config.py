@@ -1,0 +1,151 @@
+"""Settings of a run, composed of what each package owns."""
+
+from pathlib import Path
+from typing import Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from data.config import DataConfig
+from parallel.config import ModelConfig, ParallelConfig, check_layout
+
+
+class RunSection(BaseModel):
+    """Name and place of the run."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str = Field(
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="Name of the run; its folder is `root`/`name`."
+    )
+    root: Path = Field(default=Path("runs"), description="Folder that holds all runs; relative to the repository.")
+    seed: int = Field(default=0, ge=0, description="Seed of the initial weights.")
+
+
+class OptimizerConfig(BaseModel):
+    """AdamW and its learning-rate schedule: linear warm-up, then cosine."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    learning_rate: float = Field(gt=0.0, description="Peak learning rate.")
+    minimum_ratio: float = Field(
+        default=0.1, ge=0.0, le=1.0, description="Final learning rate as a fraction of the peak."
+    )
+    warmup_steps: int = Field(default=0, ge=0, description="Optimizer steps of linear warm-up from 0.")
+    beta1: float = Field(default=0.9, ge=0.0, lt=1.0, description="Decay of the first moment.")
+    beta2: float = Field(default=0.95, ge=0.0, lt=1.0, description="Decay of the second moment.")
+    epsilon: float = Field(default=1e-8, gt=0.0, description="Added to the root of the second moment.")
+    weight_decay: float = Field(default=0.1, ge=0.0, description="Decoupled weight decay.")
+    decay: Literal["matrices", "all"] = Field(
+        default="matrices",
+        description="What is decayed: `matrices` exempts biases, norms and embeddings; `all` is the paper's reference.",
+    )
+    clip_gradient_norm: float = Field(default=1.0, gt=0.0, description="Largest global gradient norm; above, scaled.")
+
+
+class TrainConfig(BaseModel):
+    """Length of the run, batch sizes and precision."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    steps: int = Field(ge=1, description="Optimizer steps of the learning-rate schedule.")
+    stop_step: int | None = Field(
+        default=None, ge=1, description="Stop here instead of at `steps`; the schedule keeps its length."
+    )
+    global_batch_size: int = Field(ge=1, description="Sequences per optimizer step, over all processes.")
+    micro_batch_size: int = Field(ge=1, description="Sequences per forward pass of one process.")
+    precision: Literal["fp32", "bf16"] = Field(
+        default="bf16", description="bf16: bf16 weights with fp32 master weights and gradient accumulation."
+    )
+    cpu_threads: int | None = Field(
+        default=None, ge=1, description="Threads per process on CPU; default: the machine's cores / local processes."
+    )
+
+    @property
+    def last_step(self) -> int:
+        """The step after which the run is complete."""
+        return min(self.steps, self.stop_step or self.steps)
+
+
+class ValidationConfig(BaseModel):
+    """Loss on the validation split during training."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    every: int = Field(default=1000, ge=0, description="Optimizer steps between validations; 0 turns them off.")
+    sequences: int = Field(default=256, ge=1, description="Sequences per validation, at most the whole split.")
+
+
+class CheckpointConfig(BaseModel):
+    """When checkpoints are written and which are kept."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    every: int = Field(default=1000, ge=1, description="Optimizer steps between checkpoints; the last is always saved.")
+    keep_last: int = Field(default=2, ge=1, description="Newest checkpoints that are kept.")
+    keep_every: int | None = Field(default=None, ge=1, description="Also keep each checkpoint whose step is a multiple.")
+
+
+class LoggingConfig(BaseModel):
+    """Console and TensorBoard."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    every: int = Field(default=10, ge=1, description="Optimizer steps between console lines and TensorBoard points.")
+
+
+class RunConfig(BaseModel):
+    """Everything about one run; a YAML file has these sections."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    run: RunSection = Field(description="Name and place.")
+    model: ModelConfig = Field(description="The model.")
+    parallel: ParallelConfig = Field(default=ParallelConfig(), description="The layout over processes.")
+    data: DataConfig = Field(description="The corpus and its packing.")
+    train: TrainConfig = Field(description="Length, batch and precision.")
+    optimizer: OptimizerConfig = Field(description="AdamW and its schedule.")
+    validation: ValidationConfig = Field(default=ValidationConfig(), description="Validation during training.")
+    checkpoint: CheckpointConfig = Field(default=CheckpointConfig(), description="Checkpoints.")
+    logging: LoggingConfig = Field(default=LoggingConfig(), description="Console and TensorBoard.")
+
+    @property
+    def directory(self) -> Path:
+        """The run's folder."""
+        root = self.run.root if self.run.root.is_absolute() else Path(__file__).resolve().parent.parent / self.run.root
+        return root / self.run.name
+
+    @property
+    def num_micro_batches(self) -> int:
+        """Micro-batches per optimizer step and data-parallel rank."""
+        return self.train.global_batch_size // (self.train.micro_batch_size * self.parallel.data)
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens, padding included, per optimizer step."""
+        return self.train.global_batch_size * self.model.sequence_length
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        check_layout(self.model, self.parallel)
+        unit = self.train.micro_batch_size * self.parallel.data
+        if self.train.global_batch_size % unit:
+            raise ValueError(
+                f"train.global_batch_size={self.train.global_batch_size} is not a multiple of train.micro_batch_size="
+                f"{self.train.micro_batch_size} x parallel.data={self.parallel.data}; use "
+                f"{-(-self.train.global_batch_size // unit) * unit}"
+            )
+        if self.optimizer.warmup_steps >= self.train.steps:
+            raise ValueError(f"optimizer.warmup_steps={self.optimizer.warmup_steps} must be below train.steps="
+                             f"{self.train.steps}")
+        self._check_precision()
+        return self
+
+    def _check_precision(self) -> None:
+        if self.train.precision != "bf16":
+            return
+        if self.parallel.zero_stage == 0:
+            raise ValueError("parallel.zero_stage=0 cannot accumulate bf16 gradients in fp32 (DeepSpeed refuses); "
+                             "use parallel.zero_stage=1 or train.precision=fp32")
+        if self.parallel.zero_stage == 2 and self.parallel.pipeline > 1:
+            raise ValueError("parallel.zero_stage=2 under a pipeline would accumulate bf16 gradients in bf16; "
+                             "use parallel.zero_stage=1 or train.precision=fp32")

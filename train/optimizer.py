@@ -1,0 +1,92 @@
+"""AdamW inside a DeepSpeed ZeRO engine."""
+
+import logging
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from parallel.config import ParallelConfig
+from parallel.extensions import use_extension_cache
+from parallel.stage import Stage
+from parallel.topology import DeepSpeedTopology
+from train.config import OptimizerConfig
+
+use_extension_cache()
+import deepspeed  # noqa: E402  (the cache of compiled operators must be named before)
+from deepspeed.runtime.utils import clip_grad_norm_  # noqa: E402
+
+
+def parameter_groups(module: nn.Module, config: OptimizerConfig) -> list[dict[str, Any]]:
+    """Splits parameters into a decayed and an undecayed group.
+
+    `matrices` exempts biases, norms and embedding tables, as GPT-NeoX does; `all` decays everything, as the reference
+    did for the paper.
+    """
+    decayed, exempt = [], []
+    for name, parameter in module.named_parameters():
+        is_matrix = not (name.endswith(".bias") or "norm." in name or name.endswith("embedding.weight"))
+        (decayed if config.decay == "all" or is_matrix else exempt).append(parameter)
+    groups = [
+        {"params": decayed, "weight_decay": config.weight_decay},
+        {"params": exempt, "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def adamw(module: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
+    """Fused AdamW over parameter_groups."""
+    return torch.optim.AdamW(
+        parameter_groups(module, config),
+        lr=config.learning_rate,
+        betas=(config.beta1, config.beta2),
+        eps=config.epsilon,
+        fused=True,
+    )
+
+
+def deepspeed_settings(
+    parallel: ParallelConfig, precision: Literal["fp32", "bf16"], micro_batch_size: int, clip: float
+) -> dict[str, Any]:
+    """DeepSpeed's configuration.
+
+    Gradient accumulation is the schedule's business, so DeepSpeed is told of none; without ZeRO it does not report the
+    gradient norm, so clipping is done by `clip_replicated`.
+    """
+    settings: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": micro_batch_size,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": clip if parallel.zero_stage else 0.0,
+        "zero_optimization": {"stage": parallel.zero_stage, "overlap_comm": False},
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": None,
+    }
+    if precision == "bf16":
+        settings["bf16"] = {"enabled": True, "immediate_grad_update": True}
+        settings["data_types"] = {"grad_accum_dtype": "fp32"}
+        settings["communication_data_type"] = "fp32"
+    return settings
+
+
+def build_engine(
+    stage: Stage,
+    parallel: ParallelConfig,
+    optimizer: OptimizerConfig,
+    precision: Literal["fp32", "bf16"],
+    micro_batch_size: int,
+) -> Any:
+    """Wraps a stage and its AdamW into a DeepSpeed engine (`DeepSpeedEngine`)."""
+    deepspeed.utils.logger.setLevel(logging.WARNING)
+    engine, *_ = deepspeed.initialize(
+        model=stage,
+        optimizer=adamw(stage, optimizer),
+        config=deepspeed_settings(parallel, precision, micro_batch_size, optimizer.clip_gradient_norm),
+        mpu=DeepSpeedTopology(),
+        dist_init_required=False,
+    )
+    return engine
+
+
+def clip_replicated(engine: Any, max_norm: float) -> float:
+    """Clips gradients in place without ZeRO and returns their global norm before clipping."""
+    return float(clip_grad_norm_(list(engine.module.parameters()), max_norm, mpu=DeepSpeedTopology()))

@@ -1,0 +1,271 @@
+"""The parallel parity matrix: every layout against an unsharded model trained with plain PyTorch.
+
+Losses, clipped gradient norms, gradients and updated weights over a few optimizer steps, with gradient accumulation,
+micro-batches of one sequence, an odd number of target blocks, ragged padding, a micro-batch and a whole data-parallel
+rank without a single valid target.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+import torch.distributed
+from torch import Tensor
+
+from checkpoints.engine_state import engine_fragments
+from checkpoints.records import Fragment
+from parallel.config import DecoderConfig, ModelConfig, ParallelConfig
+from parallel.cpu_adaptation import compute_device
+from parallel.inputs import MicroBatch, count_targets, prepare_inputs
+from parallel.schedule import masked_loss
+from parallel.stage import build_stage
+from parallel.topology import initialize_topology
+from train.batches import split_global_batch
+from train.config import OptimizerConfig
+from train.metrics import global_loss_sums
+from train.optimizer import adamw
+from train.step import StepEngine
+
+NUM_STEPS = 5
+GLOBAL_BATCH = 8
+FP32_TOLERANCE = 1e-5
+BF16_TOLERANCE = 3e-2
+# A large epsilon keeps Adam smooth where a gradient is zero up to rounding (key biases outside the rotary dimensions):
+# with the usual one, rounding noise would become a full-size update there.
+OPTIMIZER = OptimizerConfig(learning_rate=1e-2, epsilon=1e-2, weight_decay=0.1, clip_gradient_norm=0.5)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One layout to compare with the unsharded model."""
+
+    name: str
+    parallel: ParallelConfig
+    micro_batch_size: int = 1
+    precision: Literal["fp32", "bf16"] = "fp32"
+    architecture: Literal["block", "vanilla"] = "block"
+
+    @property
+    def tolerance(self) -> float:
+        """Largest accepted relative difference."""
+        return FP32_TOLERANCE if self.precision == "fp32" else BF16_TOLERANCE
+
+
+@dataclass
+class Trajectory:
+    """What a few optimizer steps did; tensors are whole (unsharded), fp32 on CPU."""
+
+    losses: list[float] = field(default_factory=list)
+    norms: list[float] = field(default_factory=list)
+    gradients: dict[str, Tensor] = field(default_factory=dict)
+    weights: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Largest relative differences of one case."""
+
+    case: Case
+    loss: float
+    norm: float
+    gradient: float
+    weight: float
+    worst: str
+
+    @property
+    def passed(self) -> bool:
+        """Whether everything is within the case's tolerance."""
+        differences = (self.loss, self.norm, self.gradient, self.weight)
+        return all(value <= self.case.tolerance for value in differences)  # False for NaN
+
+
+def selftest_model(architecture: Literal["block", "vanilla"]) -> ModelConfig:
+    """A small model whose 7 target blocks per sequence divide by nothing but 7."""
+    stack = DecoderConfig(num_layers=2, hidden_size=32, num_attention_heads=4)
+    if architecture == "vanilla":
+        return ModelConfig(architecture="vanilla", vocab_size=96, sequence_length=32, decoder=stack)
+    return ModelConfig(
+        vocab_size=96, sequence_length=32, block_length=4, block_decoder=stack, token_decoder=stack, prefix_length=2
+    )
+
+
+def selftest_batch(config: ModelConfig, step: int) -> MicroBatch:
+    """Global batch of one step: ragged padding; sequence 3 never has a target, and in step 1 no odd sequence has."""
+    generator = torch.Generator().manual_seed(1234 + step)
+    ids = torch.randint(1, config.vocab_size, (GLOBAL_BATCH, config.sequence_length), generator=generator)
+    mask = torch.ones_like(ids, dtype=torch.bool)
+    for row in range(GLOBAL_BATCH):
+        mask[row, : row % 4] = False
+        mask[row, config.sequence_length - 5 * (row % 3) :] = False
+        mask[row, 13 : 13 + row % 4] = False
+    empty = [3, *(range(1, GLOBAL_BATCH, 2) if step == 1 else [])]
+    mask[empty, config.unit_length :] = False
+    return MicroBatch(ids.to(compute_device()), mask.to(compute_device()))
+
+
+def baseline(config: ModelConfig) -> Trajectory:
+    """Trains the unsharded model on every rank alike, with torch.optim and torch.nn.utils only."""
+    parallel = ParallelConfig(data=torch.distributed.get_world_size())
+    initialize_topology(parallel)
+    stage = build_stage(config, parallel)
+    optimizer = adamw(stage, OPTIMIZER)
+    result = Trajectory()
+    for step in range(NUM_STEPS):
+        batch = selftest_batch(config, step)
+        count = count_targets(config, batch.mask)
+        loss = masked_loss(stage(batch), prepare_inputs(config, batch).target_mask) / count
+        optimizer.zero_grad()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(stage.parameters(), OPTIMIZER.clip_gradient_norm)
+        result.losses.append(float(loss.detach()))
+        result.norms.append(float(norm))
+        if step == 0:
+            result.gradients = {n: p.grad.cpu().clone() for n, p in stage.named_parameters() if p.grad is not None}
+        optimizer.step()
+    result.weights = {name: parameter.detach().cpu() for name, parameter in stage.named_parameters()}
+    return result
+
+
+def train_case(config: ModelConfig, case: Case) -> Trajectory:
+    """Trains under the case's layout with the real engine; whole tensors arrive on rank 0 only."""
+    place = initialize_topology(case.parallel)
+    dtype = torch.bfloat16 if case.precision == "bf16" else torch.float32
+    stage = build_stage(config, case.parallel, dtype)
+    engine = StepEngine(stage, case.parallel, OPTIMIZER, case.precision, case.micro_batch_size)
+    result = Trajectory()
+    for step in range(NUM_STEPS):
+        batches = split_global_batch(
+            selftest_batch(config, step), case.parallel.data, place.data_rank, case.micro_batch_size
+        )
+        outcome = engine.train(batches, OPTIMIZER.learning_rate)
+        sums = global_loss_sums(outcome.sums)
+        result.losses.append(float(sums.loss.sum() / sums.count.sum()))
+        result.norms.append(outcome.gradient_norm)
+        if step == 0:
+            # After one step from zero, the first moment is (1 - beta1) times the clipped gradient, in fp32.
+            moments = _gather_whole(engine, "exp_avg")
+            result.gradients = {name: moment / (1 - OPTIMIZER.beta1) for name, moment in moments.items()}
+    result.weights = _gather_whole(engine, "weight")
+    engine.engine.destroy()
+    return result
+
+
+def _gather_whole(engine: StepEngine, kind: str) -> dict[str, Tensor]:
+    """Puts the ranks' fragments together into whole tensors on rank 0; fails on gaps and overlaps."""
+    mine = [(fragment, values.cpu()) for fragment, values in engine_fragments(engine.engine) if fragment.kind == kind]
+    rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    gathered: list[list[tuple[Fragment, Tensor]]] | None = [[] for _ in range(world_size)] if rank == 0 else None
+    torch.distributed.gather_object(mine, gathered)
+    whole: dict[str, Tensor] = {}
+    for fragment, values in (item for part in gathered or [] for item in part):
+        tensor = whole.setdefault(fragment.name, torch.full(fragment.global_shape, torch.nan))
+        places = torch.arange(tensor.numel()).view(tensor.shape)
+        if fragment.split_axis is not None:
+            places = places.narrow(fragment.split_axis, fragment.split_start, fragment.split_stop - fragment.split_start)
+        places = places.reshape(-1)[fragment.flat_start : fragment.flat_stop]
+        assert bool(tensor.view(-1)[places].isnan().all()), f"{fragment} is stored twice"
+        tensor.view(-1)[places] = values
+    return whole
+
+
+def compare(case: Case, expected: Trajectory, actual: Trajectory) -> Comparison:
+    """Largest relative differences: losses and norms per step, tensors by their largest value."""
+
+    def worst_tensor(wanted: dict[str, Tensor], got: dict[str, Tensor]) -> tuple[float, str]:
+        assert wanted.keys() == got.keys(), f"parameters differ: {wanted.keys() ^ got.keys()}"
+        scale = max(float(value.abs().max()) for value in wanted.values())
+        differences = {
+            name: float((got[name] - value).abs().max() / max(float(value.abs().max()), 1e-6 * scale))
+            for name, value in wanted.items()
+        }
+        return max((value if value == value else torch.inf, name) for name, value in differences.items())
+
+    gradient, gradient_name = worst_tensor(expected.gradients, actual.gradients)
+    weight, weight_name = worst_tensor(expected.weights, actual.weights)
+    return Comparison(
+        case=case,
+        loss=_largest(expected.losses, actual.losses),
+        norm=_largest(expected.norms, actual.norms),
+        gradient=gradient,
+        weight=weight,
+        worst=gradient_name if gradient > weight else weight_name,
+    )
+
+
+def _largest(expected: list[float], actual: list[float]) -> float:
+    return max(abs(a - e) / abs(e) for e, a in zip(expected, actual, strict=True))
+
+
+def parity_matrix(world_size: int) -> list[Case]:
+    """All cases whose layout has exactly this many processes."""
+    return [case for case in _all_cases() if case.parallel.world_size == world_size]
+
+
+def _all_cases() -> list[Case]:
+    def case(
+        name: str,
+        tensor: int = 1,
+        pipeline: int = 1,
+        data: int = 1,
+        zero: Literal[0, 1, 2, 3] = 1,
+        sequence: bool = False,
+        recompute: bool = False,
+        **options: Any,
+    ) -> Case:
+        parallel = ParallelConfig(
+            tensor=tensor,
+            pipeline=pipeline,
+            data=data,
+            zero_stage=zero,
+            sequence_parallel=sequence,
+            activation_checkpointing=recompute,
+        )
+        return Case(name, parallel, **options)
+
+    return [
+        *(case(f"one process, ZeRO {zero}", zero=zero) for zero in (0, 1, 2, 3)),
+        case("one process, bf16", precision="bf16"),
+        case("TP2", tensor=2),
+        case("TP2, ZeRO 0", tensor=2, zero=0),
+        case("TP2 + sequence parallel", tensor=2, sequence=True),
+        case("TP2 + sequence parallel, ZeRO 0, recompute", tensor=2, sequence=True, zero=0, recompute=True),
+        case("TP2 + sequence parallel, ZeRO 3", tensor=2, sequence=True, zero=3),
+        case("TP2 + sequence parallel, vanilla", tensor=2, sequence=True, architecture="vanilla"),
+        case("TP2 + sequence parallel, bf16", tensor=2, sequence=True, precision="bf16"),
+        *(case(f"PP2, ZeRO {zero}", pipeline=2, zero=zero) for zero in (0, 1, 2)),
+        case("PP2, vanilla, recompute", pipeline=2, architecture="vanilla", recompute=True),
+        case("PP2, bf16", pipeline=2, precision="bf16"),
+        *(case(f"DP2, ZeRO {zero}", data=2, zero=zero) for zero in (0, 1, 2, 3)),
+        case("DP2, ZeRO 1, micro-batch 2", data=2, micro_batch_size=2),
+        case("DP2, ZeRO 3, micro-batch 2, recompute", data=2, zero=3, micro_batch_size=2, recompute=True),
+        *(case(f"DP2, ZeRO {zero}, bf16", data=2, zero=zero, precision="bf16") for zero in (1, 2, 3)),
+        *(case(f"TP2 x PP2, ZeRO {zero}", tensor=2, pipeline=2, zero=zero, sequence=zero == 1) for zero in (0, 1)),
+        case("TP2 x DP2, ZeRO 1", tensor=2, data=2),
+        case("TP2 x DP2 + sequence parallel, ZeRO 2", tensor=2, data=2, zero=2, sequence=True),
+        case("TP2 x DP2, ZeRO 3", tensor=2, data=2, zero=3),
+        *(case(f"PP2 x DP2, ZeRO {zero}", pipeline=2, data=2, zero=zero) for zero in (0, 1, 2)),
+        case("PP4", pipeline=4),
+        case("TP2 x PP2 x DP2 + sequence parallel", tensor=2, pipeline=2, data=2, sequence=True),
+        case("TP2 x PP2 x DP2 + sequence parallel, bf16", tensor=2, pipeline=2, data=2, sequence=True, precision="bf16"),
+    ]
+
+
+def run_matrix(cases: list[Case], report: Callable[[Comparison], None]) -> list[Comparison]:
+    """Runs cases in the running process group; comparisons exist on rank 0 only.
+
+    Args:
+        cases: layouts for exactly this group's world size.
+        report: called on rank 0 after each case.
+    """
+    baselines: dict[str, Trajectory] = {}
+    comparisons = []
+    for case in cases:
+        config = selftest_model(case.architecture)
+        if case.architecture not in baselines:
+            baselines[case.architecture] = baseline(config)
+        actual = train_case(config, case)
+        if torch.distributed.get_rank() == 0:
+            comparisons.append(compare(case, baselines[case.architecture], actual))
+            report(comparisons[-1])
+    return comparisons
