@@ -5,6 +5,7 @@ import gzip
 import importlib
 import json
 import lzma
+import os
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -55,12 +56,14 @@ def check_input_path(path: Path) -> str:
         `.txt` or `.jsonl`.
 
     Raises:
-        DataError: The path is no regular file or has an unknown ending.
+        DataError: The path is no readable file or has an unknown ending.
     """
     if not path.exists():
         raise DataError(f"input file {path} does not exist; check the path")
     if not path.is_file():
         raise DataError(f"input {path} is not a file; name the files in it instead, for example {path}/*.jsonl")
+    if not os.access(path, os.R_OK):
+        raise DataError(f"input file {path} cannot be read; change its permissions")
     suffixes = path.suffixes
     kind = suffixes[-2] if len(suffixes) > 1 and suffixes[-1] in COMPRESSIONS else path.suffix
     if kind not in FORMATS:

@@ -40,7 +40,7 @@ class PreparationOptions:
         validation_fraction: Or: the share of documents, chosen by a hash of their text, that go to validation.
         workers: Number of tokenizer processes.
         shard_tokens: A shard ends with the document that reaches this number of tokens.
-        progress: Whether to show a progress bar.
+        progress: Whether to show a progress bar, if on a terminal.
     """
 
     inputs: tuple[Path, ...]
@@ -156,15 +156,20 @@ def prepare(options: PreparationOptions) -> PreparationSummary:
         DataError: A bad option, input or tokenizer, or an output directory with other content.
     """
     _check_options(options)
-    tokenizer = load_tokenizer(options.tokenizer)
-    request = _request(options, tokenizer)
-    existing = _existing_summary(options.output, request)
-    if existing is not None:
-        return existing
-    partial = options.output.with_name(f".{options.output.name}.partial")
-    with _locked_directory(partial):
-        _keep_only_same_request(partial, request)
-        return _build(options, tokenizer, request, partial)
+    try:
+        tokenizer = load_tokenizer(options.tokenizer)
+        request = _request(options, tokenizer)
+        existing = _existing_summary(options.output, request)
+        if existing is not None:
+            return existing
+        partial = options.output.with_name(f".{options.output.name}.partial")
+        with _locked_directory(partial):
+            _keep_only_same_request(partial, request)
+            return _build(options, tokenizer, request, partial)
+    except OSError as error:
+        raise DataError(
+            f"{error.filename or options.output}: {error.strerror}; free space or fix permissions"
+        ) from error
 
 
 def _check_options(options: PreparationOptions) -> None:
@@ -238,6 +243,8 @@ def _locked_directory(path: Path) -> Iterator[None]:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise DataError(f"another process is preparing this output in {path}; wait for it or end it") from None
+        except OSError:
+            pass  # A file system without such locks: the user must not start the same preparation twice.
         yield
     finally:
         os.close(descriptor)
@@ -261,9 +268,9 @@ def _build(
     writers = {split: SplitWriter(partial / split, dtype, options.shard_tokens) for split in _splits(request)}
     try:
         counters = _write_shards(options, tokenizer, writers)
-    finally:
-        for writer in writers.values():
-            writer.abandon()
+    except BaseException:
+        _abandon(writers, partial)
+        raise
     manifests = {}
     for split, writer in writers.items():
         manifests[split] = _manifest(tokenizer, tokenizer_file, dtype, writer, options, split)
@@ -276,6 +283,14 @@ def _build(
     return PreparationSummary(
         options.output, manifests, counters.characters, counters.empty_documents, already_prepared=False
     )
+
+
+def _abandon(writers: dict[str, SplitWriter], partial: Path) -> None:
+    """Keeps finished shards for the next run; without any, nothing is worth keeping."""
+    for writer in writers.values():
+        writer.abandon()
+    if not any(writer.shards for writer in writers.values()):
+        shutil.rmtree(partial)
 
 
 def _manifest(
@@ -309,7 +324,7 @@ def _write_shards(options: PreparationOptions, tokenizer: Tokenizer, writers: di
     counters = _Counters()
     total = sum(path.stat().st_size for path in options.inputs + options.validation_inputs)
     pool: EncodingPool[_Batch] = EncodingPool(tokenizer, options.workers)
-    with pool, tqdm.tqdm(total=total, unit="B", unit_scale=True, disable=not options.progress) as bar:
+    with pool, tqdm.tqdm(total=total, unit="B", unit_scale=True, disable=None if options.progress else True) as bar:
         documents = _unfinished(_documents(options, bar.update), writers, counters)
         for batch, encoded in pool.encode(_batches(documents)):
             for document, tokens in zip(batch.documents, encoded, strict=True):

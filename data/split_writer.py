@@ -8,6 +8,7 @@ import pydantic
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
+from data.files import write_atomically
 from data.manifest import ShardRecord
 from data.shards import ShardWriter
 
@@ -59,12 +60,13 @@ class SplitWriter:
             kept.append(entry)
         self.shards = [entry.shard for entry in kept]
         self.resume_after = kept[-1].last_document if kept else -1
-        self._remove_unfinished({entry.shard.file for entry in kept} | {entry.shard.lengths_file for entry in kept})
-        _append(journal, kept, truncate=True)
+        finished = {name for shard in self.shards for name in (shard.file, shard.lengths_file)}
+        self._remove_all_but(finished | {JOURNAL_NAME})
+        write_atomically(journal, b"".join(_line(entry) for entry in kept))
 
-    def _remove_unfinished(self, finished: set[str]) -> None:
+    def _remove_all_but(self, kept: set[str]) -> None:
         for path in self._directory.iterdir():
-            if path.name not in finished:
+            if path.name not in kept:
                 path.unlink()
 
     def add(self, number: int, tokens: NDArray[np.uint32]) -> None:
@@ -88,7 +90,7 @@ class SplitWriter:
         self._writer = None
         self.shards.append(shard)
         entry = _JournalEntry(shard=shard, last_document=self._last_document)
-        _append(self._directory / JOURNAL_NAME, [entry], truncate=False)
+        _append(self._directory / JOURNAL_NAME, _line(entry))
 
     def finish(self) -> tuple[ShardRecord, ...]:
         """Completes the last shard.
@@ -123,9 +125,12 @@ def _read_journal(path: Path) -> list[_JournalEntry]:
     return entries
 
 
-def _append(path: Path, entries: list[_JournalEntry], *, truncate: bool) -> None:
-    with open(path, "wb" if truncate else "ab") as file:
-        for entry in entries:
-            file.write(entry.model_dump_json().encode() + b"\n")
+def _line(entry: _JournalEntry) -> bytes:
+    return entry.model_dump_json().encode() + b"\n"
+
+
+def _append(path: Path, line: bytes) -> None:
+    with open(path, "ab") as file:
+        file.write(line)
         file.flush()
         os.fsync(file.fileno())

@@ -39,8 +39,12 @@ def train_sentencepiece(inputs: Sequence[Path], vocab_size: int, output: Path, m
     if vocab_size < MINIMUM_VOCAB_SIZE:
         raise DataError(f"vocabulary size {vocab_size} is too small; give at least {MINIMUM_VOCAB_SIZE}")
     lines = _sample((line for path in inputs for line in _lines(path)), maximum_lines)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(output, _train(lines, vocab_size))
+    model = _train(lines, vocab_size)
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(output, model)
+    except OSError as error:
+        raise DataError(f"tokenizer output {output} cannot be written ({error.strerror}); give another one") from error
 
 
 def _train(lines: list[str], vocab_size: int) -> bytes:

@@ -1,0 +1,126 @@
+import io
+import json
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from data.errors import DataError
+from data.manifest import MANIFEST_NAME, dtype_for, read_manifest
+from data.shards import SAMPLE_TOKENS, ShardReader, ShardWriter, read_document_lengths, verify_shards
+from tests.data.builders import numbered_documents, write_shard, write_split
+
+
+@pytest.fixture
+def large_documents() -> list[np.ndarray]:
+    """Enough for three samples."""
+    generator = np.random.default_rng(0)
+    lengths = [SAMPLE_TOKENS // 2, SAMPLE_TOKENS // 2 + 3, 5, SAMPLE_TOKENS, 7]
+    return [generator.integers(0, 2**16, length, dtype=np.uint32) for length in lengths]
+
+
+@pytest.mark.parametrize("dtype", ["uint16", "uint32"])
+def test_reads_any_range_across_samples(tmp_path: Path, large_documents: list[np.ndarray], dtype: str) -> None:
+    record = write_shard(tmp_path, large_documents, dtype)
+    assert len(record.sample_tokens) == 3
+    everything = np.concatenate(large_documents)
+    reader = ShardReader(tmp_path / record.file, record, dtype)
+    total, border = len(everything), record.sample_tokens[0]
+    ranges = [(0, total), (0, 0), (total, total), (border - 2, border + 2), (border, border + 1), (total - 3, total)]
+    for start, stop in ranges:
+        np.testing.assert_array_equal(reader.read(start, stop), everything[start:stop])
+    assert read_document_lengths(tmp_path, record).tolist() == [len(document) for document in large_documents]
+
+
+def test_tarfile_and_numpy_read_a_shard(tmp_path: Path, large_documents: list[np.ndarray]) -> None:
+    record = write_shard(tmp_path, large_documents)
+    with tarfile.open(tmp_path / record.file) as tar:
+        members = {member.name: np.load(io.BytesIO(tar.extractfile(member).read())) for member in tar}
+    tokens = np.concatenate([array for name, array in members.items() if name.endswith(".tokens.npy")])
+    lengths = np.concatenate([array for name, array in members.items() if name.endswith(".doc_lengths.npy")])
+    assert tokens.dtype == np.uint16
+    np.testing.assert_array_equal(tokens, np.concatenate(large_documents))
+    assert lengths.tolist() == [len(document) for document in large_documents]
+
+
+def test_webdataset_reads_a_shard(tmp_path: Path, large_documents: list[np.ndarray]) -> None:
+    """Takes a second or two: webdataset imports torch."""
+    import webdataset
+
+    record = write_shard(tmp_path, large_documents)
+    dataset = webdataset.WebDataset(str(tmp_path / record.file), shardshuffle=False).decode()
+    samples = list(dataset)
+    assert [sample["__key__"] for sample in samples] == ["00000-00000", "00000-00001", "00000-00002"]
+    found = [
+        document
+        for sample in samples
+        for document in np.split(sample["tokens.npy"], np.cumsum(sample["doc_lengths.npy"])[:-1])
+    ]
+    for document, expected in zip(found, large_documents, strict=True):
+        np.testing.assert_array_equal(document, expected)
+
+
+def test_equal_documents_give_equal_bytes(tmp_path: Path) -> None:
+    documents = numbered_documents([3, 4])
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+    assert write_shard(tmp_path / "a", documents) == write_shard(tmp_path / "b", documents)
+
+
+def test_an_unfinished_shard_has_no_name(tmp_path: Path) -> None:
+    writer = ShardWriter(tmp_path, 0, "uint16")
+    writer.add(np.arange(9, dtype=np.uint32))
+    assert not list(tmp_path.glob("*.tar"))
+    writer.abandon()
+    assert not list(tmp_path.iterdir())
+
+
+def test_dtype_holds_every_id() -> None:
+    assert dtype_for(2**16) == "uint16"
+    assert dtype_for(2**16 + 1) == "uint32"
+
+
+def test_verification_reads_everything(tmp_path: Path) -> None:
+    write_split(tmp_path, numbered_documents([90] * 9))
+    write_split(tmp_path, numbered_documents([90] * 2), split="validation")
+    assert verify_shards(tmp_path) == 4
+    for name in ("train/shard-00001.tar", "validation/shard-00000.lengths.npy", "tokenizer.model"):
+        path = tmp_path / name
+        content = path.read_bytes()
+        path.chmod(0o644)
+        path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+        with pytest.raises(DataError, match=f"{path} has checksum [0-9a-f]{{64}}, the manifest says"):
+            verify_shards(tmp_path)
+        path.write_bytes(content)
+    with pytest.raises(DataError, match="neither train/ nor validation/"):
+        verify_shards(tmp_path / "train")
+
+
+def test_a_shard_that_shrinks_while_open_is_named(tmp_path: Path) -> None:
+    record = write_shard(tmp_path, numbered_documents([5000]))
+    reader = ShardReader(tmp_path / record.file, record, "uint16")
+    with open(tmp_path / record.file, "r+b") as file:
+        file.truncate(4000)
+    with pytest.raises(DataError, match=r"shard-00000.tar ends at byte 4000, before its last token"):
+        reader.read(0, 5000)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"format_version": 99}, "format version 99, this code reads 1"),
+        ({"dtype": "int8"}, "dtype 'int8', only uint16 and uint32 are known"),
+        ({"vocab_size": "many"}, "damaged \\(vocab_size"),
+        ({"extra": 1}, "damaged \\(extra"),
+    ],
+)
+def test_manifests_are_checked(tmp_path: Path, change: dict[str, object], message: str) -> None:
+    write_split(tmp_path, numbered_documents([5]))
+    path = tmp_path / "train" / MANIFEST_NAME
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(DataError, match=message):
+        read_manifest(tmp_path / "train")
+    path.write_text("{")
+    with pytest.raises(DataError, match="damaged"):
+        read_manifest(tmp_path / "train")

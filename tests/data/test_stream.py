@@ -1,0 +1,229 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from data.config import DataConfig
+from data.errors import DataError
+from data.manifest import Manifest, read_manifest
+from data.packing import PackingSettings, draw_left_pads
+from data.shards import verify_shards
+from data.stream import SequenceStream
+from tests.data.builders import EOS_ID, numbered_documents, write_split
+from tests.data.test_packing import PAD
+
+LENGTHS = np.random.default_rng(0).integers(1, 40, 300).tolist()
+
+
+@pytest.fixture
+def prepared(tmp_path: Path) -> Path:
+    """About thirty shards for training and one for validation."""
+    write_split(tmp_path, numbered_documents(LENGTHS))
+    write_split(tmp_path, numbered_documents([50, 60, 30]), split="validation", shard_tokens=1000)
+    return tmp_path
+
+
+def open_stream(path: Path, split: str = "train", minimum_sequences: int = 1, **settings: object) -> SequenceStream:
+    lengths = {"block_length": 4, "sequence_length": 16}
+    lengths |= {name: settings.pop(name) for name in tuple(lengths) if name in settings}
+    return SequenceStream(DataConfig(path=path, **settings), split, minimum_sequences=minimum_sequences, **lengths)
+
+
+def real_tokens(stream: SequenceStream, position: int, count: int) -> list[int]:
+    sequences = stream.read(position, count)
+    return sequences.token_ids[sequences.mask].tolist()
+
+
+def test_shapes_types_and_pads(prepared: Path) -> None:
+    stream = open_stream(prepared)
+    sequences = stream.read(5, 7)
+    assert sequences.token_ids.shape == sequences.mask.shape == (7, 16)
+    assert sequences.token_ids.dtype == np.int64
+    assert sequences.mask.dtype == np.bool_
+    assert not sequences.mask.all()
+    assert (sequences.token_ids[~sequences.mask] == stream.eos_id).all()
+    assert stream.vocab_size == 2**16
+    assert stream.eos_id == EOS_ID
+
+
+@pytest.mark.parametrize("shuffle", [True, False])
+@pytest.mark.parametrize("padding", [True, False])
+def test_an_epoch_holds_every_token_once_but_the_tails(prepared: Path, shuffle: bool, padding: bool) -> None:
+    stream = open_stream(
+        prepared, shuffle=shuffle, random_left_padding=padding, pad_to_block_boundary=padding, shuffle_window_shards=4
+    )
+    for epoch in (0, 1):
+        tokens = real_tokens(stream, epoch * stream.sequences_per_epoch, stream.sequences_per_epoch)
+        ids = [token for token in tokens if token != EOS_ID]
+        assert len(ids) == len(set(ids))
+        dropped = set(range(1, sum(LENGTHS) + 1)) - set(ids)
+        assert dropped == tails(prepared, stream, padding)
+
+
+def tails(path: Path, stream: SequenceStream, padding: bool) -> set[int]:
+    """Tokens behind the last whole sequence of each shard, by packing each shard one slot after the other."""
+    settings = PackingSettings(4, padding, padding, 0)
+    documents = iter(numbered_documents(LENGTHS))
+    dropped: set[int] = set()
+    for shard in read_manifest(path / "train").shards:
+        packed: list[int | None] = []
+        for left in draw_left_pads(shard.documents, settings, shard.sha256).tolist():
+            packed += [PAD] * left + next(documents).tolist() + [EOS_ID]
+            while padding and len(packed) % 4:
+                packed.append(PAD)
+        dropped |= {slot for slot in packed[len(packed) // 16 * 16 :] if slot}
+    return dropped
+
+
+def test_ranks_together_read_what_one_rank_reads(prepared: Path) -> None:
+    one = open_stream(prepared)
+    whole = one.read(0, 96)
+    for ranks, batch in ((2, 8), (3, 4), (4, 2)):
+        streams = [open_stream(prepared) for _ in range(ranks)]
+        parts = [
+            streams[rank].read(step * ranks * batch + rank * batch, batch)
+            for step in range(96 // (ranks * batch))
+            for rank in range(ranks)
+        ]
+        np.testing.assert_array_equal(np.concatenate([part.token_ids for part in parts]), whole.token_ids)
+        np.testing.assert_array_equal(np.concatenate([part.mask for part in parts]), whole.mask)
+
+
+def test_reading_runs_on_into_the_next_epoch(prepared: Path) -> None:
+    stream = open_stream(prepared)
+    end = stream.sequences_per_epoch
+    across = stream.read(end - 2, 4).token_ids
+    np.testing.assert_array_equal(across[:2], stream.read(end - 2, 2).token_ids)
+    np.testing.assert_array_equal(across[2:], stream.read(end, 2).token_ids)
+    assert [sample.epoch for sample in stream.sample_ids(end - 2, 4)] == [0, 0, 1, 1]
+    assert (stream.read(0, end).token_ids != stream.read(end, end).token_ids).any()
+
+
+def test_validation_comes_in_order(prepared: Path) -> None:
+    stream = open_stream(prepared, "validation", random_left_padding=False)
+    tokens = [token for token in real_tokens(stream, 0, stream.sequences_per_epoch) if token != EOS_ID]
+    assert tokens == list(range(1, len(tokens) + 1))
+    assert stream.sample_ids(0, 3) == [(0, 0, 0), (0, 0, 1), (0, 0, 2)]
+
+
+def test_fingerprint_tells_what_matters(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    base = open_stream(prepared).fingerprint
+    copy = tmp_path_factory.mktemp("copy")
+    write_split(copy, numbered_documents(LENGTHS))
+    assert open_stream(copy).fingerprint == base
+    changed = [
+        open_stream(prepared, block_length=2),
+        open_stream(prepared, sequence_length=32),
+        open_stream(prepared, random_left_padding=False),
+        open_stream(prepared, pad_to_block_boundary=False),
+        open_stream(prepared, shuffle=False),
+        open_stream(prepared, shuffle_window_shards=2),
+        open_stream(prepared, seed=1),
+        open_stream(prepared, "validation"),
+    ]
+    assert len({base, *(stream.fingerprint for stream in changed)}) == len(changed) + 1
+    # Without shuffling and random pads the seed has no effect.
+    still = {"shuffle": False, "random_left_padding": False}
+    assert open_stream(prepared, seed=1, **still).fingerprint == open_stream(prepared, seed=2, **still).fingerprint
+
+
+def test_opening_again_and_seeking_read_no_shard(prepared: Path) -> None:
+    before = open_stream(prepared).sample_ids(0, 50)
+    for path in (prepared / "train").glob("shard-*"):
+        path.chmod(0o644)
+        path.write_bytes(bytes(path.stat().st_size))
+    assert open_stream(prepared).sample_ids(0, 50) == before
+    with pytest.raises(DataError, match="checksum"):
+        verify_shards(prepared)
+    with pytest.raises(DataError, match=r"document lengths .* cannot be read"):
+        open_stream(prepared, seed=1)
+
+
+def test_a_damaged_count_table_is_made_anew(prepared: Path) -> None:
+    before = open_stream(prepared).sample_ids(0, 50)
+    (table,) = (prepared / "train" / "counts").glob("*.json")
+    good = table.read_bytes()
+    for content in (b"", good[: len(good) // 2], good.replace(b"[", b"[16,", 1)):
+        table.write_bytes(content)
+        assert open_stream(prepared).sample_ids(0, 50) == before
+        assert table.read_bytes() == good
+
+
+def test_the_count_table_of_unwritable_data_goes_to_the_cache(
+    prepared: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = open_stream(prepared).sample_ids(0, 50)
+    cache = tmp_path_factory.mktemp("cache")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
+    for table in (prepared / "train" / "counts").iterdir():
+        table.unlink()
+    (prepared / "train" / "counts").rmdir()
+    (prepared / "train" / "counts").touch()  # Unwritable for everybody, also for root.
+    assert open_stream(prepared).sample_ids(0, 50) == before
+    assert len(list(cache.rglob("counts-*.json"))) == 1
+    monkeypatch.setenv("XDG_CACHE_HOME", "/dev/null")
+    assert open_stream(prepared).sample_ids(0, 50) == before
+
+
+def test_description_names_the_numbers(prepared: Path) -> None:
+    stream = open_stream(prepared)
+    description = stream.describe()
+    assert "300 documents" in description
+    assert f"{sum(LENGTHS):,} tokens" in description
+    assert f"{stream.sequences_per_epoch:,} sequences of 16" in description
+
+
+def resize(path: Path, change: int) -> tuple[int, int]:
+    size = path.stat().st_size
+    path.chmod(0o644)
+    with open(path, "r+b") as file:
+        file.truncate(size + change)
+    return size, size + change
+
+
+@pytest.mark.parametrize(("name", "change"), [("shard-00002.tar", -512), ("shard-00000.lengths.npy", 1)])
+def test_a_file_of_another_size_is_named(prepared: Path, name: str, change: int) -> None:
+    expected, actual = resize(prepared / "train" / name, change)
+    with pytest.raises(DataError, match=f"{name} has {actual} bytes, the manifest says {expected}; prepare"):
+        open_stream(prepared)
+
+
+def test_a_missing_shard_is_named(prepared: Path) -> None:
+    (prepared / "train" / "shard-00001.tar").unlink()
+    with pytest.raises(DataError, match=r"shard-00001.tar is named in the manifest but missing"):
+        open_stream(prepared)
+
+
+def test_missing_parts_are_named(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    with pytest.raises(DataError, match=r"data.path .*nowhere does not exist; make it with tools/prepare_data.py"):
+        open_stream(prepared / "nowhere")
+    only_training = tmp_path_factory.mktemp("only_training")
+    write_split(only_training, numbered_documents([99]))
+    with pytest.raises(DataError, match=r"has no validation split.*--validation-input"):
+        open_stream(only_training, "validation")
+    (prepared / "train" / "manifest.json").unlink()
+    with pytest.raises(DataError, match=r"holds no manifest.json"):
+        open_stream(prepared)
+
+
+def test_too_few_sequences(prepared: Path) -> None:
+    with pytest.raises(DataError, match=r"validation split .* gives 9 sequences of 16 tokens, at least 100 are needed"):
+        open_stream(prepared, "validation", minimum_sequences=100)
+    with pytest.raises(DataError, match="gives 0 sequences of 4096 tokens, at least 1"):
+        open_stream(prepared, "validation", sequence_length=4096)
+
+
+def test_sequence_length_must_be_whole_blocks(prepared: Path) -> None:
+    with pytest.raises(DataError, match="sequence length 18 is no multiple of block length 4"):
+        open_stream(prepared, sequence_length=18)
+
+
+def test_another_tokenizer_is_refused(prepared: Path, tmp_path: Path) -> None:
+    manifest: Manifest = read_manifest(prepared / "train")
+    other = tmp_path / "other.model"
+    other.write_bytes(b"other")
+    with pytest.raises(DataError, match=f"fingerprint d9298a10[0-9a-f]+, but .* {manifest.tokenizer_fingerprint}"):
+        open_stream(prepared, tokenizer=other)
+    assert open_stream(prepared, tokenizer=prepared / "tokenizer.model").tokenizer_path == prepared / "tokenizer.model"
+    with pytest.raises(DataError, match=r"tokenizer .*absent.model does not exist"):
+        open_stream(prepared, tokenizer=tmp_path / "absent.model")
