@@ -47,7 +47,7 @@ def write_fragments(path: Path, fragments: Sequence[tuple[Fragment, torch.Tensor
             tensors[fragment.key] = tensor.detach().cpu().contiguous()
     needed = BYTES_PER_ELEMENT * sum(tensor.numel() for tensor in tensors.values())
     try:
-        save_file(tensors, path)
+        save_file(_without_overlaps(tensors), path)
         return record_file(path, [fragment for fragment, _ in fragments if fragment.key in tensors])
     except (OSError, SafetensorError) as error:
         with suppress(OSError):
@@ -60,6 +60,16 @@ def _check_tensor(fragment: Fragment, tensor: torch.Tensor) -> None:
     if tensor.dtype != torch.float32 or tuple(tensor.shape) != expected:
         given = f"{tensor.dtype} of shape {tuple(tensor.shape)}"
         raise CheckpointError(f"fragment {fragment.key} needs torch.float32 of shape {expected}, not {given}")
+
+
+def _without_overlaps(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Copy what overlaps in memory, such as tied weights: safetensors refuses it. Disjoint views stay views."""
+    result: dict[str, torch.Tensor] = {}
+    reached = 0
+    for key, tensor in sorted(tensors.items(), key=lambda item: item[1].data_ptr()):
+        result[key] = tensor.clone() if tensor.data_ptr() < reached else tensor
+        reached = max(reached, tensor.data_ptr() + BYTES_PER_ELEMENT * tensor.numel())
+    return result
 
 
 def _as_os_error(error: Exception) -> OSError:

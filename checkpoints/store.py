@@ -263,16 +263,10 @@ class CheckpointStore:
         sync_directory(temporary)
 
     def _swap_in(self, temporary: Path, target: Path) -> None:
-        aside = target.with_name(f"{target.name}.old-{secrets.token_hex(8)}")
-        replacing = target.exists()
-        if replacing:
-            os.rename(target, aside)
-        try:
-            os.rename(temporary, target)
-        except OSError:
-            if replacing:
-                os.rename(aside, target)
-            raise
+        """Rename into place; a version set aside stays readable under its other name until then."""
+        if target.exists():
+            os.rename(target, target.with_name(f"{target.name}.old-{secrets.token_hex(8)}"))
+        os.rename(temporary, target)
         sync_directory(self.root)
 
     def _entries(self) -> list[Path]:

@@ -126,6 +126,26 @@ def test_replicated_copies_are_harmless(tmp_path: Path) -> None:
         assert torch.equal(reader.read_full("p", "weight"), whole)
 
 
+def test_tensors_that_share_memory_are_written_each_in_full(tmp_path: Path) -> None:
+    flat = torch.randn(6)
+    ranges = {"a": (0, 6), "b": (0, 6), "c": (2, 5), "d": (4, 6)}
+    pieces = [(Fragment(n, "weight", (j - i,), None, 0, 0, 0, j - i), flat[i:j]) for n, (i, j) in ranges.items()]
+    with FragmentReader(publish(tmp_path, pieces)) as reader:
+        for name, (start, stop) in ranges.items():
+            assert torch.equal(reader.read_full(name, "weight"), flat[start:stop])
+
+
+def test_a_gap_in_one_stored_split_is_filled_from_another(tmp_path: Path) -> None:
+    whole = torch.randn(4, 3)
+    complete = pieces_of(whole, (0, [(0, 2, [0, 6]), (2, 4, [0, 6])]))
+    partial = pieces_of(whole, (None, [(0, 0, [0, 2, 12])]))[:1]
+    for order in (complete + partial, partial + complete):
+        directory = unchecked_directory(tmp_path / order[0][0].key.replace("|", "_"), order)
+        with FragmentReader(directory) as reader:
+            got = reader.read("p", "weight", split_axis=1, split_start=1, split_stop=3)
+        assert torch.equal(got, whole[:, 1:3].flatten())
+
+
 def test_wrong_requests_are_explained(tmp_path: Path) -> None:
     path = publish(tmp_path, pieces_of(torch.randn(4, 2), (None, [(0, 0, [0, 8])])))
     with FragmentReader(path) as reader:

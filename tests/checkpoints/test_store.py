@@ -1,6 +1,7 @@
 import resource
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,6 +11,8 @@ from checkpoints.errors import CheckpointError
 from checkpoints.records import FileRecord
 from checkpoints.store import CheckpointStore, verify_checkpoint
 from tests.checkpoints.saving import assert_holds, save, write_rank
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_an_empty_root_has_no_checkpoint(tmp_path: Path) -> None:
@@ -173,9 +176,18 @@ def test_retention_never_takes_the_step_just_saved_after_a_fallback(tmp_path: Pa
     assert loaded.step == 1
     save(store, 2)
     save(store, 3)
+    assert {2, 3} <= set(store.complete_steps())
     resumed = CheckpointStore(tmp_path).newest()
     assert resumed is not None
     assert resumed.step == 3
+
+
+def test_retention_keeps_the_step_just_saved_after_going_back(tmp_path: Path) -> None:
+    for step in (1, 20, 30):
+        save(CheckpointStore(tmp_path, keep_last=3), step)
+    store = CheckpointStore(tmp_path, keep_last=2)
+    save(store, 2)
+    assert store.complete_steps() == [2, 20, 30]
 
 
 def test_a_failing_deletion_does_not_stop_the_run(tmp_path: Path) -> None:
@@ -271,3 +283,9 @@ def test_a_file_size_limit_is_explained_and_leaves_no_partial_file(tmp_path: Pat
     loaded = store.newest()
     assert loaded is not None
     assert loaded.step == 1
+
+
+def test_importing_the_store_loads_no_distributed_runtime() -> None:
+    code = "import sys, checkpoints.store, checkpoints.fragments; print({'deepspeed', 'megatron', 'parallel'} & {*sys.modules})"
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert result.stdout == "set()\n"
