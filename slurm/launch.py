@@ -1,0 +1,229 @@
+"""Starts the processes of a training job: through Submitit on this machine, or as one rank of a job that runs already."""
+
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any, Literal
+
+import submitit
+
+from checkpoints.store import CheckpointStore
+from parallel.errors import ConfigurationError
+from train.config import RunConfig
+from train.run_directory import RunDirectory
+from train.worker import INTERACTIVE, STOPPED_STATUS, USER_ERROR_STATUS, ProcessIdentity, RankResult, train_rank
+
+Launcher = Literal["auto", "local", "inline"]
+LAUNCHERS: tuple[Launcher, ...] = ("auto", "local", "inline")
+CRASH_STATUS = 1
+INTERRUPTED_STATUS = 130
+POLL_SECONDS = 0.2
+# Submitit's local executor ends a job at its time limit; a run has none.
+NO_LIMIT_MINUTES = 60 * 24 * 365
+DEFAULT_PORT = 29500
+
+
+def launch(config: RunConfig, launcher: Launcher) -> int:
+    """Runs a job to its end.
+
+    Args:
+        config: the run.
+        launcher: `local` starts all processes here; `inline` makes this process one rank (torchrun, srun); `auto` is
+            `inline` inside such a job and `local` elsewhere.
+
+    Returns:
+        Exit status: 0 complete, 2 a user's mistake, 130 or 143 stopped after saving, 1 a crash.
+
+    Raises:
+        ConfigurationError: the run cannot be started; before any process is.
+    """
+    identity = identity_from_environment(os.environ)
+    if launcher == "inline" and identity is None:
+        raise ConfigurationError("--launcher inline needs RANK and WORLD_SIZE (torchrun) or SLURM_PROCID (srun) in the "
+                                 "environment; start it with one of them, or use --launcher local")
+    inline = launcher == "inline" or (launcher == "auto" and identity is not None)
+    directory = RunDirectory(config)
+    directory.check()
+    if not inline and is_complete(config, directory):
+        print(f"run {config.run.name} is complete at step {config.train.last_step}; nothing to do")
+        return 0
+    if not inline or identity is None:
+        return _run_local(config, directory)
+    result = train_rank(config, identity)
+    if result.error and identity.rank == 0:
+        print(f"error: {result.error}", file=sys.stderr)
+    return result.status
+
+
+def is_complete(config: RunConfig, directory: RunDirectory) -> bool:
+    """Whether the run's newest checkpoint is of its last step."""
+    steps = CheckpointStore(directory.checkpoints).complete_steps()
+    return bool(steps) and steps[-1] >= config.train.last_step
+
+
+def identity_from_environment(environment: Mapping[str, str]) -> ProcessIdentity | None:
+    """This process's identity if torchrun or srun started it."""
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+    if "RANK" not in environment or "WORLD_SIZE" not in environment:
+        names = ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_NTASKS_PER_NODE")
+        if "SLURM_PROCID" not in environment or "SLURM_STEP_ID" not in environment:
+            return None
+    rank, world_size, local_rank, local_world_size = (environment.get(name) for name in names)
+    return ProcessIdentity(
+        rank=int(rank or 0),
+        world_size=int(world_size or 1),
+        local_rank=int(local_rank or 0),
+        local_world_size=int(local_world_size or 1),
+        master_address=environment.get("MASTER_ADDR", "127.0.0.1"),
+        master_port=int(environment.get("MASTER_PORT", DEFAULT_PORT)),
+    )
+
+
+def free_port() -> int:
+    """A TCP port that is free on this machine now."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+def run_submitit_task(config: RunConfig, port: int) -> RankResult:
+    """One task of a Submitit job on one machine."""
+    job = submitit.JobEnvironment()
+    identity = ProcessIdentity(job.global_rank, job.num_tasks, job.local_rank, job.num_tasks, "127.0.0.1", port)
+    return train_rank(config, identity)
+
+
+def _run_local(config: RunConfig, directory: RunDirectory) -> int:
+    executor = submitit.LocalExecutor(folder=directory.submitit)
+    executor.update_parameters(
+        tasks_per_node=config.parallel.world_size,
+        gpus_per_node=_visible_gpus(config.parallel.world_size),
+        timeout_min=NO_LIMIT_MINUTES,
+        stderr_to_stdout=True,
+    )
+    _prepare_environment(config)
+    with _stop_signals() as forwarder:
+        job = executor.submit(run_submitit_task, config, free_port())
+        forwarder.watch(job)
+        _stream_log(job)
+    return _summarize(job, forwarder.received)
+
+
+def _summarize(job: Any, received: signal.Signals | None) -> int:
+    """Prints what went wrong, if anything, and gives the exit status."""
+    results = [_result(task) for task in (job.task(i) for i in range(job.num_tasks))]
+    for error in dict.fromkeys(result.error for result in results if result and result.error):
+        print(f"error: {error}", file=sys.stderr)
+    statuses = [result.status if result else CRASH_STATUS for result in results]
+    if USER_ERROR_STATUS in statuses:
+        return USER_ERROR_STATUS
+    for rank, result in enumerate(results):
+        if result is None:
+            print(f"error: rank {rank} died; its log is {job.task(rank).paths.stdout}", file=sys.stderr)
+    if CRASH_STATUS in statuses:
+        return CRASH_STATUS
+    if STOPPED_STATUS in statuses:
+        print("stopped; the same command goes on from here", file=sys.stderr)
+        return INTERRUPTED_STATUS if received is signal.SIGINT else STOPPED_STATUS
+    return 0
+
+
+def _result(task: Any) -> RankResult | None:
+    """A task's result; None if it ended without one."""
+    try:
+        result: RankResult = task.result()
+    except (submitit.core.utils.UncompletedJobError, submitit.core.utils.FailedJobError):
+        return None
+    return result
+
+
+def _visible_gpus(needed: int) -> int:
+    """GPUs to give to the job: none on a CPU machine, else one per process."""
+    import torch
+
+    available = torch.cuda.device_count()
+    if 0 < available < needed:
+        raise ConfigurationError(f"the layout needs {needed} GPUs, this machine has {available}; lower parallel.data, "
+                                 "parallel.tensor or parallel.pipeline, or start it on a cluster")
+    return needed if available else 0
+
+
+def _prepare_environment(config: RunConfig) -> None:
+    """Environment of the tasks, which Submitit copies from this process."""
+    root = str(Path(__file__).resolve().parent.parent)
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
+    os.environ["PYTHONSAFEPATH"] = "1"  # a folder named like one of our packages in the working directory must not win
+    os.environ[INTERACTIVE] = str(int(sys.stdout.isatty()))
+    cores = len(os.sched_getaffinity(0))
+    threads = config.train.cpu_threads or max(1, cores // config.parallel.world_size)
+    os.environ.setdefault("OMP_NUM_THREADS", str(threads))
+
+
+class _StopForwarder:
+    """Passes stop signals on to the job, once each; the job saves and leaves."""
+
+    def __init__(self) -> None:
+        self.received: signal.Signals | None = None
+        self._job: Any = None
+
+    def watch(self, job: Any) -> None:
+        """From now on signals go to this job, also one that came before."""
+        self._job = job
+        signal.signal(signal.SIGINT, self.handle)
+        if self.received:
+            self._forward()
+
+    def handle(self, number: int, _frame: FrameType | None) -> None:
+        """Signal handler."""
+        if self.received is None:
+            print("\nstopping: saving a checkpoint first, please wait", file=sys.stderr, flush=True)
+        self.received = signal.Signals(number)
+        self._forward()
+
+    def _forward(self) -> None:
+        if self._job is not None and not self._job.done():
+            self._job._process.send_signal(signal.SIGTERM)
+
+
+@contextmanager
+def _stop_signals() -> Iterator[_StopForwarder]:
+    """Ctrl-C, SIGTERM and SIGHUP end the job gently, not this process.
+
+    SIGINT is ignored while the job starts: its processes inherit that, so that Ctrl-C in a terminal does not make
+    Submitit's controller kill the ranks before they have saved.
+    """
+    forwarder = _StopForwarder()
+    numbers = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
+    before = {number: signal.getsignal(number) for number in numbers}
+    signal.signal(signal.SIGTERM, forwarder.handle)
+    signal.signal(signal.SIGHUP, forwarder.handle)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield forwarder
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _stream_log(job: Any) -> None:
+    """Copies rank 0's log as it grows, until the job has ended."""
+    path = job.task(0).paths.stdout if job.num_tasks > 1 else job.paths.stdout
+    while not path.exists() and not job.done():
+        time.sleep(POLL_SECONDS)
+    if not path.exists():
+        return
+    with path.open("rb") as log:
+        while True:
+            ended = job.done()
+            while block := log.read(1 << 16):
+                sys.stdout.buffer.write(block)
+                sys.stdout.buffer.flush()
+            if ended:
+                return
+            time.sleep(POLL_SECONDS)

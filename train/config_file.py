@@ -1,0 +1,112 @@
+"""Reads a run's YAML file, applies `section.field=value` overrides, and reports mistakes in one sentence each."""
+
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from parallel.errors import ConfigurationError
+from train.config import RunConfig
+
+
+def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Loads and checks a run's configuration.
+
+    A file may name another one in `base`, relative to itself; its own values win.
+
+    Args:
+        path: YAML file with the sections of RunConfig.
+        overrides: `section.field=value`, value in YAML.
+
+    Raises:
+        ConfigurationError: naming the field, its value and the fix.
+    """
+    values = _read_yaml(path)
+    for override in overrides:
+        _apply(values, override)
+    try:
+        return RunConfig.model_validate(values)
+    except ValidationError as error:
+        raise ConfigurationError(_explain(error, path)) from None
+
+
+def config_text(config: RunConfig) -> str:
+    """The configuration as YAML, with all defaults filled in."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def _read_yaml(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
+    if path.resolve() in seen:
+        raise ConfigurationError(f"config {path} names itself as its base; remove the circle")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigurationError(f"config {path} does not exist; configs/ holds the shipped ones") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())
+        raise ConfigurationError(f"config {path} cannot be read as YAML: {reason}") from None
+    if not isinstance(values, dict):
+        raise ConfigurationError(f"config {path} must hold sections such as model: and train:, not {values!r}")
+    base = values.pop("base", None)
+    if base is None:
+        return values
+    return _merge(_read_yaml(path.parent / str(base), (*seen, path.resolve())), values)
+
+
+def _merge(base: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in own.items():
+        both = isinstance(value, dict) and isinstance(base.get(key), dict)
+        merged[key] = _merge(base[key], value) if both else value
+    return merged
+
+
+def _apply(values: dict[str, Any], override: str) -> None:
+    name, separator, text = override.partition("=")
+    if not separator or not name:
+        raise ConfigurationError(f"override {override!r} is not section.field=value, such as train.steps=100")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise ConfigurationError(f"override {override!r}: {text!r} is not a YAML value; quote it") from None
+    *sections, leaf = name.split(".")
+    target = values
+    for section in sections:
+        inner = target.get(section)
+        target[section] = inner = dict(inner) if isinstance(inner, dict) else {}
+        target = inner
+    target[leaf] = value
+
+
+def _explain(error: ValidationError, path: Path) -> str:
+    details = error.errors()
+    sentences = [_sentence(item["loc"], item) for item in details]
+    return f"config {path}: " + "; ".join(sentences)
+
+
+def _sentence(location: tuple[int | str, ...], item: Any) -> str:
+    name = ".".join(map(str, location))
+    if item["type"] == "extra_forbidden":
+        nearest = difflib.get_close_matches(name, list(_field_names(RunConfig)), n=1, cutoff=0.0)
+        return f"unknown field {name}; the nearest is {nearest[0]}"
+    if item["type"] == "missing":
+        return f"{name} is missing; set it in the file or with {name}=VALUE"
+    message = item["msg"].removeprefix("Value error, ")
+    if item["type"] == "value_error":
+        return f"{name}: {message}" if name else message
+    return f"{name}={item['input']!r} is not allowed: {message[0].lower()}{message[1:]}"
+
+
+def _field_names(model: type[BaseModel], prefix: str = "") -> dict[str, None]:
+    """Dotted names of all fields of a settings model, sections included, in order."""
+    names: dict[str, None] = {}
+    for name, field in model.model_fields.items():
+        names[prefix + name] = None
+        kinds = [field.annotation, *getattr(field.annotation, "__args__", ())]
+        for kind in kinds:
+            if isinstance(kind, type) and issubclass(kind, BaseModel):
+                names |= _field_names(kind, f"{prefix}{name}.")
+    return names

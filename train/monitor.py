@@ -1,0 +1,115 @@
+"""Console lines, progress bar and TensorBoard, on rank 0 only."""
+
+import os
+import resource
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import torch
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from train.config import RunConfig
+from train.config_file import config_text
+from train.metrics import MeanLoss
+from train.throughput import SpeedMeter
+from train.worker import INTERACTIVE
+
+
+def peak_memory_bytes() -> int:
+    """Peak memory of this process: the allocator's on GPU, resident set size on CPU."""
+    if torch.cuda.is_available():
+        return int(torch.cuda.max_memory_allocated())
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def seconds_since_process_start() -> float:
+    """Wall time since this process was started, imports included."""
+    return time.time() - psutil.Process().create_time()
+
+
+class Monitor:
+    """Shows and records the progress of a run.
+
+    TensorBoard points carry the step's own values, so a resumed run writes what an undisturbed one would; `purge_step`
+    makes readers drop what an interrupted attempt wrote beyond its last checkpoint.
+    """
+
+    def __init__(self, config: RunConfig, folder: Path, first_step: int, meter: SpeedMeter) -> None:
+        self.config = config
+        self.meter = meter
+        self._last_step = config.train.last_step
+        self._writer = SummaryWriter(str(folder), purge_step=first_step)
+        self._writer.add_text("config", "```yaml\n" + config_text(config) + "```", first_step)
+        self._bar: tqdm[None] | None = None
+        if os.environ.get(INTERACTIVE) == "1" or sys.stdout.isatty():
+            self._bar = tqdm(total=self._last_step, initial=first_step - 1, unit="step", file=sys.stdout)
+
+    def say(self, text: str) -> None:
+        """Prints a line above the progress bar."""
+        if self._bar is None:
+            print(text, flush=True)
+        else:
+            self._bar.write(text, file=sys.stdout)
+
+    def step(self, step: int, loss: MeanLoss, learning_rate: float, gradient_norm: float, tokens: int) -> None:
+        """Records one optimizer step; logs it if it is due."""
+        if self._bar is not None:
+            self._bar.update()
+        if step % self.config.logging.every and step != self._last_step:
+            return
+        data_wait = self.meter.data_wait
+        speed = self.meter.read()
+        values = {
+            "train/loss": loss.loss,
+            **_positions("train", loss),
+            "optimizer/learning_rate": learning_rate,
+            "optimizer/gradient_norm": gradient_norm,
+            "progress/tokens": float(tokens),
+            "speed/tokens_per_second": speed.tokens_per_second,
+            "speed/tflops_per_process": speed.tflops_per_process,
+            "speed/data_wait_seconds": data_wait,
+            "memory/peak_gib": peak_memory_bytes() / 2**30,
+        }
+        if speed.model_flops_utilization is not None:
+            values["speed/mfu"] = speed.model_flops_utilization
+        self.record(step, values)
+        utilization = "" if speed.model_flops_utilization is None else f"  MFU {speed.model_flops_utilization:.1%}"
+        self.say(
+            f"step {step}/{self._last_step}  loss {loss.loss:.4f}  lr {learning_rate:.2e}  norm {gradient_norm:.3f}  "
+            f"{speed.tokens_per_second:,.0f} tokens/s  {speed.tflops_per_process:.3f} TFLOP/s{utilization}"
+        )
+
+    def validation(self, step: int, loss: MeanLoss) -> None:
+        """Records a validation loss."""
+        self.record(step, {"validation/loss": loss.loss, **_positions("validation", loss)})
+        self.say(f"step {step}/{self._last_step}  validation loss {loss.loss:.4f} over {loss.targets:,} tokens")
+
+    def saved(self, step: int, path: Path, seconds: float) -> None:
+        """Records a checkpoint and how long it blocked training."""
+        self.record(step, {"time/checkpoint_seconds": seconds})
+        self.say(f"step {step}/{self._last_step}  saved {path} in {seconds:.1f} s")
+
+    def record(self, step: int, values: dict[str, float]) -> None:
+        """Writes scalars to TensorBoard."""
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, step)
+
+    def flush(self) -> None:
+        """Forces all points to the file; called before a checkpoint becomes visible, so that none is lost."""
+        self._writer.flush()
+
+    def close(self) -> None:
+        """Ends the progress bar and the event file."""
+        if self._bar is not None:
+            self._bar.close()
+        self._writer.close()
+
+
+def _positions(split: str, loss: MeanLoss) -> dict[str, float]:
+    """Loss by position in the block, from 1; nothing if there is only one."""
+    if len(loss.by_position) == 1:
+        return {}
+    return {f"{split}/loss_by_position/{i}": value for i, value in enumerate(loss.by_position, start=1)}

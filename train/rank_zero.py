@@ -1,0 +1,34 @@
+"""Does something once for all ranks."""
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch.distributed
+
+from checkpoints.errors import CheckpointError
+from data.errors import DataError
+from parallel.errors import ConfigurationError
+
+USER_ERRORS = (ConfigurationError, DataError, CheckpointError)
+Result = TypeVar("Result")
+
+
+def on_rank_zero(function: Callable[[], Result]) -> Result:
+    """Calls a function on rank 0 and gives its result, or its user error, to all ranks.
+
+    Raises:
+        ConfigurationError: if the function does.
+        DataError: if the function does.
+        CheckpointError: if the function does.
+    """
+    box: list[Any] = [None]
+    if torch.distributed.get_rank() == 0:
+        try:
+            box = [function()]
+        except USER_ERRORS as error:
+            box = [error]
+    torch.distributed.broadcast_object_list(box, src=0)
+    if isinstance(box[0], USER_ERRORS):
+        raise box[0]
+    result: Result = box[0]
+    return result

@@ -1,0 +1,120 @@
+"""A run's folder: its configuration, the lock of its one writer, and where everything goes.
+
+    runs/<name>/config.yaml   resolved configuration of the latest attempt
+    runs/<name>/checkpoints/  step directories (checkpoints.store)
+    runs/<name>/tensorboard/  events
+    runs/<name>/logs/         one log per process
+    runs/<name>/submitit/     job files
+"""
+
+import fcntl
+import os
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from checkpoints.files import write_durably
+from parallel.errors import ConfigurationError
+from train.config import RunConfig
+from train.config_file import config_text
+
+# What may differ between attempts of one run: the result is the same, or the data's fingerprint decides.
+CHANGEABLE = (
+    "run.root",
+    "parallel.",
+    "data.path",
+    "data.tokenizer",
+    "train.stop_step",
+    "train.micro_batch_size",
+    "train.cpu_threads",
+    "validation.",
+    "checkpoint.",
+    "logging.",
+)
+
+
+class RunDirectory:
+    """Paths of one run."""
+
+    def __init__(self, config: RunConfig) -> None:
+        self.config = config
+        self.path = config.directory
+        self.checkpoints = self.path / "checkpoints"
+        self.tensorboard = self.path / "tensorboard"
+        self.logs = self.path / "logs"
+        self.submitit = self.path / "submitit"
+        self._config_file = self.path / "config.yaml"
+        self._lock: int | None = None
+
+    def check(self) -> None:
+        """Checks that this configuration may go on with the run that is there, if any.
+
+        Raises:
+            ConfigurationError: the run was made with other settings; lists them.
+        """
+        if not self._config_file.is_file():
+            return
+        there = _flatten(yaml.safe_load(self._config_file.read_text(encoding="utf-8")))
+        here = _flatten(yaml.safe_load(config_text(self.config)))
+        changed = [
+            f"{name} is {there.get(name)!r} there and {here.get(name)!r} here"
+            for name in sorted(there.keys() | here.keys())
+            if there.get(name) != here.get(name) and not name.startswith(CHANGEABLE)
+        ]
+        if changed:
+            raise ConfigurationError(
+                f"run {self.config.run.name} exists in {self.path} with another config: {'; '.join(changed)}; "
+                "choose another run.name or restore these values"
+            )
+
+    def open(self) -> None:
+        """Makes the folder, claims the run for this process until it ends, and records the configuration.
+
+        Raises:
+            ConfigurationError: the folder cannot be written, another process is writing the run, or it was made with
+                other settings.
+        """
+        try:
+            for folder in (self.checkpoints, self.tensorboard, self.logs, self.submitit):
+                folder.mkdir(parents=True, exist_ok=True)
+            self._claim()
+            self.check()
+            temporary = self._config_file.with_suffix(".tmp")
+            write_durably(temporary, config_text(self.config))
+            os.replace(temporary, self._config_file)
+        except OSError as error:
+            raise ConfigurationError(
+                f"run folder {self.path} cannot be written: {error.strerror}; change run.root or free space"
+            ) from None
+
+    def _claim(self) -> None:
+        lock = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            owner = os.pread(lock, 200, 0).decode(errors="replace").strip()
+            os.close(lock)
+            raise ConfigurationError(
+                f"run {self.config.run.name} is being written by another job ({owner or 'unknown process'}); "
+                "stop that job, or choose another run.name"
+            ) from None
+        os.ftruncate(lock, 0)
+        os.pwrite(lock, f"process {os.getpid()} on {os.uname().nodename}\n".encode(), 0)
+        self._lock = lock
+
+    def close(self) -> None:
+        """Gives the run free."""
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+
+def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            flat |= _flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
