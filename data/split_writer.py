@@ -107,6 +107,9 @@ class SplitWriter:
         if self._writer is not None:
             self._writer.abandon()
             self._writer = None
+        # An interrupt can hit between the creation of a file and the moment when somebody knows of it.
+        for path in self._directory.glob(".*.tmp"):
+            path.unlink()
 
 
 def _has_size(path: Path, size: int) -> bool:

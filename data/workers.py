@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import signal
 from collections.abc import Iterable, Iterator, Sequence
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
 from pathlib import Path
@@ -70,6 +71,8 @@ class EncodingPool(Generic[Batch]):
     def _start(self) -> None:
         context = multiprocessing.get_context("spawn")
         # Ctrl-C reaches the whole process group; workers inherit the blocked signal and end with this process instead.
+        # The resource tracker comes first, because starting it unblocks the signal.
+        resource_tracker.ensure_running()
         previous = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
             for _ in range(self._workers):
