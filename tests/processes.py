@@ -5,19 +5,27 @@ DeepSpeed costs seconds of CPU time per process.
 """
 
 import multiprocessing
+import os
 import socket
 import traceback
 from collections.abc import Callable
 from typing import Any
 
-import os
-
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["train.selftest", "train.trainer"])
 
 
-def run_processes(world_size: int, function: Callable[..., Any], *arguments: Any, timeout: float = 600.0) -> list[Any]:
+def run_processes(
+    world_size: int, function: Callable[..., Any], *arguments: Any, may_die: bool = False, timeout: float = 600.0
+) -> list[Any]:
     """Calls function(*arguments) in each of world_size processes joined in a gloo group.
+
+    Args:
+        world_size: number of processes.
+        function: importable function.
+        *arguments: its arguments.
+        may_die: processes may be killed or fail; then nothing is returned.
+        timeout: seconds to wait for all of them.
 
     Returns:
         The values returned, by rank.
@@ -34,6 +42,11 @@ def run_processes(world_size: int, function: Callable[..., Any], *arguments: Any
     for process in processes:
         process.start()
     try:
+        if may_die:
+            for process in processes:
+                process.join(timeout)
+                assert process.exitcode is not None, f"a process still runs after {timeout} s"
+            return []
         results: dict[int, Any] = {}
         for _ in processes:
             rank, succeeded, value = queue.get(timeout=timeout)

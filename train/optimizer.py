@@ -1,6 +1,7 @@
 """AdamW inside a DeepSpeed ZeRO engine."""
 
 import logging
+import os
 from typing import Any, Literal
 
 import torch
@@ -13,6 +14,8 @@ from parallel.topology import DeepSpeedTopology
 from train.config import OptimizerConfig
 
 use_extension_cache()
+if not torch.cuda.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # otherwise DeepSpeed warns that it found no accelerator
 import deepspeed  # noqa: E402  (the cache of compiled operators must be named before)
 from deepspeed.runtime.utils import clip_grad_norm_  # noqa: E402
 

@@ -5,6 +5,7 @@ micro-batches of one sequence, an odd number of target blocks, ragged padding, a
 rank without a single valid target.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -30,7 +31,9 @@ from train.step import StepEngine
 NUM_STEPS = 5
 GLOBAL_BATCH = 8
 FP32_TOLERANCE = 1e-5
-BF16_TOLERANCE = 3e-2
+# bf16 against the fp32 model: losses and norms, and single elements of tensors (8 bits of mantissa).
+BF16_TOLERANCE = 5e-3
+BF16_TENSOR_TOLERANCE = 5e-2
 # A large epsilon keeps Adam smooth where a gradient is zero up to rounding (key biases outside the rotary dimensions):
 # with the usual one, rounding noise would become a full-size update there.
 OPTIMIZER = OptimizerConfig(learning_rate=1e-2, epsilon=1e-2, weight_decay=0.1, clip_gradient_norm=0.5)
@@ -48,8 +51,13 @@ class Case:
 
     @property
     def tolerance(self) -> float:
-        """Largest accepted relative difference."""
+        """Largest accepted relative difference of losses and gradient norms."""
         return FP32_TOLERANCE if self.precision == "fp32" else BF16_TOLERANCE
+
+    @property
+    def tensor_tolerance(self) -> float:
+        """Largest accepted difference of gradients and weights, relative to the tensor's largest value."""
+        return FP32_TOLERANCE if self.precision == "fp32" else BF16_TENSOR_TOLERANCE
 
 
 @dataclass
@@ -76,8 +84,8 @@ class Comparison:
     @property
     def passed(self) -> bool:
         """Whether everything is within the case's tolerance."""
-        differences = (self.loss, self.norm, self.gradient, self.weight)
-        return all(value <= self.case.tolerance for value in differences)  # False for NaN
+        scalars = max(self.loss, self.norm) <= self.case.tolerance
+        return scalars and max(self.gradient, self.weight) <= self.case.tensor_tolerance
 
 
 def selftest_model(architecture: Literal["block", "vanilla"]) -> ModelConfig:
@@ -179,7 +187,7 @@ def compare(case: Case, expected: Trajectory, actual: Trajectory) -> Comparison:
             name: float((got[name] - value).abs().max() / max(float(value.abs().max()), 1e-6 * scale))
             for name, value in wanted.items()
         }
-        return max((value if value == value else torch.inf, name) for name, value in differences.items())
+        return max((value if math.isfinite(value) else math.inf, name) for name, value in differences.items())
 
     gradient, gradient_name = worst_tensor(expected.gradients, actual.gradients)
     weight, weight_name = worst_tensor(expected.weights, actual.weights)
@@ -194,7 +202,9 @@ def compare(case: Case, expected: Trajectory, actual: Trajectory) -> Comparison:
 
 
 def _largest(expected: list[float], actual: list[float]) -> float:
-    return max(abs(a - e) / abs(e) for e, a in zip(expected, actual, strict=True))
+    """Largest relative difference; infinite if any value is not finite."""
+    differences = [abs(a - e) / abs(e) for e, a in zip(expected, actual, strict=True)]
+    return max(value if math.isfinite(value) else math.inf for value in differences)
 
 
 def parity_matrix(world_size: int) -> list[Case]:
@@ -225,6 +235,7 @@ def _all_cases() -> list[Case]:
 
     return [
         *(case(f"one process, ZeRO {zero}", zero=zero) for zero in (0, 1, 2, 3)),
+        case("one process, micro-batch 2", micro_batch_size=2),
         case("one process, bf16", precision="bf16"),
         case("TP2", tensor=2),
         case("TP2, ZeRO 0", tensor=2, zero=0),

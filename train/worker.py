@@ -97,5 +97,5 @@ def _quiet_libraries() -> None:
     """Hides import-time warnings about optional libraries that this project does not use."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     if not sys.warnoptions:
-        warnings.filterwarnings("ignore", module=r"megatron\.core|torch\.jit")
+        warnings.filterwarnings("ignore", module=r"megatron\.core|torch\.jit|torch\.distributed")
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
