@@ -2,7 +2,7 @@
 
 import contextlib
 import gzip
-import importlib
+import io
 import json
 import lzma
 import os
@@ -11,7 +11,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO, cast
 
+import zstandard
+
 from data.errors import DataError
+from data.zstandard_stream import ZstandardStream
 
 COMPRESSIONS = (".xz", ".gz", ".zst")
 FORMATS = (".txt", ".jsonl")
@@ -143,26 +146,13 @@ def _decompress(path: Path, file: BinaryIO) -> BinaryIO:
     if path.suffix == ".gz":
         return cast(BinaryIO, gzip.open(file, "rb"))
     if path.suffix == ".zst":
-        return _decompress_zstandard(path, file)
+        return cast(BinaryIO, io.BufferedReader(ZstandardStream(file)))
     return file
-
-
-def _decompress_zstandard(path: Path, file: BinaryIO) -> BinaryIO:
-    # Python 3.14 reads Zstandard itself; before that the zstandard package does.
-    for module in ("compression.zstd", "zstandard"):
-        with contextlib.suppress(ModuleNotFoundError):
-            return cast(BinaryIO, importlib.import_module(module).open(file, "rb"))
-    raise DataError(f"{path} needs Zstandard, which this Python lacks; run `pip install zstandard` or use .xz or .gz")
 
 
 @contextlib.contextmanager
 def _damage_as_data_error(path: Path) -> Iterator[None]:
     try:
         yield
-    except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
+    except (OSError, EOFError, zlib.error, lzma.LZMAError, zstandard.ZstdError) as error:
         raise DataError(f"{path} cannot be read ({error}); it is damaged or incomplete, fetch it again") from error
-    except Exception as error:
-        # Both Zstandard modules name their error class alike, and neither need be installed.
-        if type(error).__name__ == "ZstdError":
-            raise DataError(f"{path} cannot be read ({error}); it is damaged, fetch it again") from error
-        raise

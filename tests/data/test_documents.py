@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import zstandard
 
 from data.documents import read_documents
 from data.errors import DataError
@@ -20,7 +21,10 @@ def read(path: Path) -> list[str]:
     return list(read_documents(path))
 
 
-@pytest.mark.parametrize(("ending", "compress"), [("", bytes), (".xz", lzma.compress), (".gz", gzip.compress)])
+@pytest.mark.parametrize(
+    ("ending", "compress"),
+    [("", bytes), (".xz", lzma.compress), (".gz", gzip.compress), (".zst", zstandard.compress)],
+)
 def test_plain_and_compressed_files(tmp_path: Path, ending: str, compress: Callable[[bytes], bytes]) -> None:
     lines = tmp_path / f"a.b.jsonl{ending}"
     lines.write_bytes(compress(json_lines(TEXTS)))
@@ -30,21 +34,27 @@ def test_plain_and_compressed_files(tmp_path: Path, ending: str, compress: Calla
     assert read(text) == TEXTS[:1]
 
 
-def test_zstandard_is_read_or_its_absence_explained(tmp_path: Path) -> None:
+def test_zstandard_with_several_frames(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl.zst"
-    try:
-        import zstandard
-    except ModuleNotFoundError:
-        path.write_bytes(b"")
-        with pytest.raises(DataError, match="pip install zstandard"):
-            read(path)
-    else:
-        content = zstandard.ZstdCompressor().compress(json_lines(TEXTS))
-        path.write_bytes(content)
-        assert read(path) == TEXTS
-        path.write_bytes(b"no zstandard at all")
-        with pytest.raises(DataError, match="damaged"):
-            read(path)
+    path.write_bytes(zstandard.compress(json_lines(TEXTS[:1])) + zstandard.compress(json_lines(TEXTS[1:])))
+    assert read(path) == TEXTS
+
+
+@pytest.mark.parametrize("kept", [1, 5, 100, -1])
+def test_a_cut_zstandard_file_is_an_error(tmp_path: Path, kept: int) -> None:
+    path = tmp_path / "a.jsonl.zst"
+    frame = zstandard.compress(json_lines([str(i) for i in range(1000)]))
+    path.write_bytes(zstandard.compress(json_lines(TEXTS)) + frame[:kept])
+    with pytest.raises(DataError, match=r"a\.jsonl\.zst cannot be read .* incomplete"):
+        read(path)
+
+
+@pytest.mark.parametrize("damage", [b"no zstandard at all", zstandard.compress(b"a" * 100) + b"garbage"])
+def test_a_damaged_zstandard_file_is_an_error(tmp_path: Path, damage: bytes) -> None:
+    path = tmp_path / "a.txt.zst"
+    path.write_bytes(damage)
+    with pytest.raises(DataError, match="damaged"):
+        read(path)
 
 
 def test_progress_adds_up_to_the_file(tmp_path: Path) -> None:
