@@ -49,7 +49,9 @@ class ModelConfig(BaseModel):
     sequence_length: int = Field(default=2048, ge=2, description="Tokens per training sequence, padding included.")
     block_length: int = Field(default=4, ge=1, description="Tokens per block (L_B); `block` only.")
     prefix_length: int = Field(
-        default=2, ge=1, description="Vectors that one context embedding becomes in the token decoder (P); `block` only."
+        default=2,
+        ge=1,
+        description="Vectors that one context embedding becomes in the token decoder (P); `block` only.",
     )
     block_decoder: DecoderConfig | None = Field(default=None, description="Global decoder over blocks; `block` only.")
     token_decoder: DecoderConfig | None = Field(default=None, description="Local decoder in a block; `block` only.")
@@ -111,28 +113,37 @@ class ModelConfig(BaseModel):
             present = getattr(self, name) is not None
             if present != (name in expected):
                 verb = "needs" if name in expected else "does not take"
-                raise ValueError(f"architecture={self.architecture} {verb} the section {name}; "
-                                 f"it takes {' and '.join(expected)}")
+                raise ValueError(
+                    f"architecture={self.architecture} {verb} the section {name}; it takes {' and '.join(expected)}"
+                )
         if self.is_block:
             self._check_blocks()
         for stack in self.stacks:
             rotary_size = int(stack.head_size * self.rotary_fraction)
             if rotary_size % 2:
-                raise ValueError(f"rotary_fraction={self.rotary_fraction} rotates {rotary_size} of {stack.head_size} "
-                                 "values of a head, which is odd; choose a fraction that gives an even number")
+                raise ValueError(
+                    f"rotary_fraction={self.rotary_fraction} rotates {rotary_size} of {stack.head_size} "
+                    "values of a head, which is odd; choose a fraction that gives an even number"
+                )
         return self
 
     def _check_blocks(self) -> None:
         if self.sequence_length % self.block_length:
-            raise ValueError(f"sequence_length={self.sequence_length} is not a multiple of block_length="
-                             f"{self.block_length}; use {self.num_blocks * self.block_length}")
+            raise ValueError(
+                f"sequence_length={self.sequence_length} is not a multiple of block_length="
+                f"{self.block_length}; use {self.num_blocks * self.block_length}"
+            )
         if self.num_blocks < 2:
-            raise ValueError(f"sequence_length={self.sequence_length} holds fewer than two blocks of block_length="
-                             f"{self.block_length}; the first block is never predicted, so use at least "
-                             f"{2 * self.block_length}")
+            raise ValueError(
+                f"sequence_length={self.sequence_length} holds fewer than two blocks of block_length="
+                f"{self.block_length}; the first block is never predicted, so use at least "
+                f"{2 * self.block_length}"
+            )
         if self.blocks.hidden_size % self.block_length:
-            raise ValueError(f"block_decoder.hidden_size={self.blocks.hidden_size} is not a multiple of block_length="
-                             f"{self.block_length}; the embedder concatenates block_length vectors into one")
+            raise ValueError(
+                f"block_decoder.hidden_size={self.blocks.hidden_size} is not a multiple of block_length="
+                f"{self.block_length}; the embedder concatenates block_length vectors into one"
+            )
 
 
 class ParallelConfig(BaseModel):
@@ -164,8 +175,10 @@ class ParallelConfig(BaseModel):
         if self.sequence_parallel and self.tensor == 1:
             raise ValueError("sequence_parallel=true needs tensor > 1; set sequence_parallel=false")
         if self.zero_stage == 3 and self.pipeline > 1:
-            raise ValueError(f"zero_stage=3 cannot be combined with pipeline={self.pipeline}; "
-                             "use zero_stage 0, 1 or 2, or pipeline=1")
+            raise ValueError(
+                f"zero_stage=3 cannot be combined with pipeline={self.pipeline}; "
+                "use zero_stage 0, 1 or 2, or pipeline=1"
+            )
         return self
 
 
@@ -178,19 +191,27 @@ def check_layout(model: ModelConfig, parallel: ParallelConfig) -> None:
     tensor = parallel.tensor
     if model.vocab_size % tensor:
         padded = -(-model.vocab_size // tensor) * tensor
-        raise ValueError(f"model.vocab_size={model.vocab_size} is not a multiple of parallel.tensor={tensor}; "
-                         f"pad it to {padded}")
+        raise ValueError(
+            f"model.vocab_size={model.vocab_size} is not a multiple of parallel.tensor={tensor}; pad it to {padded}"
+        )
     for stack in model.stacks:
-        for name, value in (("num_attention_heads", stack.num_attention_heads),
-                            ("ffn_hidden_size", stack.feed_forward_size)):
+        for name, value in (
+            ("num_attention_heads", stack.num_attention_heads),
+            ("ffn_hidden_size", stack.feed_forward_size),
+        ):
             if value % tensor:
-                raise ValueError(f"{name}={value} is not a multiple of parallel.tensor={tensor}; "
-                                 "change the width or the tensor-parallel size")
+                raise ValueError(
+                    f"{name}={value} is not a multiple of parallel.tensor={tensor}; "
+                    "change the width or the tensor-parallel size"
+                )
     units = model.sequence_length // model.unit_length
     if parallel.sequence_parallel and units % tensor:
-        raise ValueError(f"parallel.sequence_parallel=true splits {units} {'blocks' if model.is_block else 'positions'} "
-                         f"over parallel.tensor={tensor}, which does not divide; change model.sequence_length")
+        raise ValueError(
+            f"parallel.sequence_parallel=true splits {units} {'blocks' if model.is_block else 'positions'} "
+            f"over parallel.tensor={tensor}, which does not divide; change model.sequence_length"
+        )
     layers = sum(stack.num_layers for stack in model.stacks)
     if parallel.pipeline > layers:
-        raise ValueError(f"parallel.pipeline={parallel.pipeline} is more than the model's {layers} layers; "
-                         f"use at most {layers}")
+        raise ValueError(
+            f"parallel.pipeline={parallel.pipeline} is more than the model's {layers} layers; use at most {layers}"
+        )

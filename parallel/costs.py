@@ -56,10 +56,10 @@ def _piece_cost(name: str, config: ModelConfig) -> PieceCost:
     if name == "embedder":
         table = config.vocab_size * (config.blocks.hidden_size // config.block_length)
         return PieceCost(name, table, table, 0.0)
-    if name == "vanilla.embedding":
+    if name == "vanilla.input":
         table = config.vocab_size * config.vanilla.hidden_size
         return PieceCost(name, table, table, 0.0)
-    if name == "block_decoder.norm":
+    if name == "block_decoder.output":
         return PieceCost(name, 2 * config.blocks.hidden_size, 0, 0.0)
     if name == "token_decoder.input":
         return _prefix_input_cost(name, config)

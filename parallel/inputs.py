@@ -18,7 +18,7 @@ class MicroBatch:
     """Token ids and which of them are real.
 
     Attributes:
-        token_ids: int64 [B, S]; padded slots hold any valid id.
+        token_ids: int64 [B, S]; padded slots hold the end-of-text id: the embedder sees them in partly padded blocks.
         mask: bool [B, S]; False marks padding.
     """
 

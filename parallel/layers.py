@@ -142,21 +142,3 @@ class FeedForward(nn.Module):
         inner, _ = self.expand(hidden)
         output, _ = self.contract(F.gelu(inner))
         return output
-
-
-class TransformerLayer(nn.Module):
-    """One GPT-NeoX layer: hidden + attention(norm(hidden)) + feed_forward(norm(hidden))."""
-
-    def __init__(
-        self, stack: DecoderConfig, config: ModelConfig, megatron: TransformerConfig, sequence_first: bool
-    ) -> None:
-        super().__init__()
-        self.attention_norm = LayerNorm(stack.hidden_size, config, megatron)
-        self.feed_forward_norm = LayerNorm(stack.hidden_size, config, megatron)
-        self.attention = SelfAttention(stack, config, megatron, sequence_first)
-        self.feed_forward = FeedForward(stack, megatron)
-
-    def forward(self, hidden: Tensor, mask: Tensor | None) -> Tensor:
-        """Maps hidden states to hidden states of the same shape; shapes as in SelfAttention.forward."""
-        attended = self.attention(self.attention_norm(hidden), mask)
-        return hidden + attended + self.feed_forward(self.feed_forward_norm(hidden))

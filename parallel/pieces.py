@@ -8,6 +8,8 @@ Shapes, B sequences, N blocks, L block length, P prefix length, T = P + L - 1, D
 With sequence parallelism, the first dimension is divided by the tensor-parallel size.
 """
 
+from collections.abc import Callable
+
 import torch
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel import (
@@ -21,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 
 from parallel.config import ModelConfig
 from parallel.inputs import ModelInputs
-from parallel.layers import LayerNorm, TransformerLayer, column_parallel, mark_sequence_parallel, mark_split
+from parallel.layers import FeedForward, LayerNorm, SelfAttention, column_parallel, mark_sequence_parallel, mark_split
 
 
 class TokenEmbedding(VocabParallelEmbedding):
@@ -59,43 +61,66 @@ class Embedder(nn.Module):
         return embedded.reshape(embedded.shape[0], num_sequences, -1)
 
 
-class VanillaEmbedding(TokenEmbedding):
+class VanillaInput(nn.Module):
     """Token embeddings of the vanilla baseline."""
 
     def __init__(self, config: ModelConfig, megatron: TransformerConfig) -> None:
-        super().__init__(config.vocab_size, config.vanilla.hidden_size, megatron)
+        super().__init__()
+        self.embedding = TokenEmbedding(config.vocab_size, config.vanilla.hidden_size, megatron)
 
     def forward(self, hidden: Tensor | None, inputs: ModelInputs) -> Tensor:
         """Ids [B, S] -> [S, B, D]."""
-        return super().forward(inputs.token_ids.t())
+        embedded: Tensor = self.embedding(inputs.token_ids.t())
+        return embedded
 
 
-class DecoderLayer(TransformerLayer):
-    """A transformer layer in its place: picks its own attention mask, and recomputes itself in backward if asked to."""
+class DecoderLayer(nn.Module):
+    """One GPT-NeoX layer: hidden + attention(norm(hidden)) + feed_forward(norm(hidden)).
+
+    Args:
+        config: the model.
+        megatron: Megatron-core's settings.
+        is_local: the layer is the token decoder's: attention inside each block.
+        recompute: activation checkpointing: keep only the input and recompute the rest in backward.
+    """
 
     def __init__(self, config: ModelConfig, megatron: TransformerConfig, is_local: bool, recompute: bool) -> None:
+        super().__init__()
         stack = config.tokens if is_local else config.blocks if config.is_block else config.vanilla
-        super().__init__(stack, config, megatron, sequence_first=not is_local)
         self.is_local = is_local
         self.recompute = recompute
+        self.attention_norm = LayerNorm(stack.hidden_size, config, megatron)
+        self.feed_forward_norm = LayerNorm(stack.hidden_size, config, megatron)
+        self.attention = SelfAttention(stack, config, megatron, sequence_first=not is_local)
+        self.feed_forward = FeedForward(stack, megatron)
 
     def forward(self, hidden: Tensor, inputs: ModelInputs) -> Tensor:
         """Maps hidden states to hidden states of the same shape."""
         mask = inputs.local_mask if self.is_local else inputs.global_mask
         if self.recompute and torch.is_grad_enabled():
-            return checkpoint(super().forward, hidden, mask, use_reentrant=False, preserve_rng_state=False)
-        return super().forward(hidden, mask)
+            recomputed: Tensor = checkpoint(
+                self._transform, hidden, mask, use_reentrant=False, preserve_rng_state=False
+            )
+            return recomputed
+        return self._transform(hidden, mask)
+
+    def _transform(self, hidden: Tensor, mask: Tensor | None) -> Tensor:
+        attended: Tensor = self.attention(self.attention_norm(hidden), mask)
+        transformed: Tensor = self.feed_forward(self.feed_forward_norm(hidden))
+        return hidden + attended + transformed
 
 
-class BlockNorm(LayerNorm):
-    """Final LayerNorm of the block decoder; its outputs are the context embeddings."""
+class BlockOutput(nn.Module):
+    """Final LayerNorm of the block decoder; what it returns are the context embeddings."""
 
     def __init__(self, config: ModelConfig, megatron: TransformerConfig) -> None:
-        super().__init__(config.blocks.hidden_size, config, megatron)
+        super().__init__()
+        self.norm = LayerNorm(config.blocks.hidden_size, config, megatron)
 
     def forward(self, hidden: Tensor, inputs: ModelInputs) -> Tensor:
         """[N, B, D] -> context embeddings [N, B, D]."""
-        return super().forward(hidden)
+        context: Tensor = self.norm(hidden)
+        return context
 
 
 class PrefixInput(nn.Module):
@@ -105,9 +130,7 @@ class PrefixInput(nn.Module):
         super().__init__()
         width = config.tokens.hidden_size
         self.prefix_length = config.prefix_length
-        self.expansion = nn.Linear(
-            config.blocks.hidden_size, config.prefix_length * width, dtype=megatron.params_dtype
-        )
+        self.expansion = nn.Linear(config.blocks.hidden_size, config.prefix_length * width, dtype=megatron.params_dtype)
         mark_sequence_parallel(self.expansion, megatron)
         # The last token of a block is never an input, so with one token per block there is nothing to look up.
         self.embedding = TokenEmbedding(config.vocab_size, width, megatron) if config.block_length > 1 else None
@@ -133,17 +156,24 @@ class OutputHead(nn.Module):
 
     def forward(self, hidden: Tensor, inputs: ModelInputs) -> Tensor:
         """Hidden states -> cross entropy per target, fp32, shape of inputs.targets."""
-        return vocab_parallel_cross_entropy(self._local_logits(hidden).float(), inputs.targets)
+        return vocab_parallel_cross_entropy(self._local_logits(self._predicting(hidden)).float(), inputs.targets)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Hidden states -> logits over the whole vocabulary, [N * B, L, V] or [S, B, V]."""
+        return self.logits_of(self._predicting(hidden))
+
+    def logits_of(self, hidden: Tensor) -> Tensor:
+        """Logits [..., V] over the whole vocabulary of chosen positions [..., D], prefix or not."""
         return gather_from_tensor_model_parallel_region(
             self._local_logits(hidden), group=parallel_state.get_tensor_model_parallel_group()
         )
 
-    def _local_logits(self, hidden: Tensor) -> Tensor:
+    def _predicting(self, hidden: Tensor) -> Tensor:
         # The last prefix position predicts the block's first token; vanilla keeps every position.
-        logits, _ = self.head(self.norm(hidden[:, self.first_output :]))
+        return hidden[:, self.first_output :]
+
+    def _local_logits(self, hidden: Tensor) -> Tensor:
+        logits, _ = self.head(self.norm(hidden))
         return logits
 
 
@@ -158,10 +188,10 @@ def build_piece(name: str, config: ModelConfig, megatron: TransformerConfig, rec
     """
     if ".layers." in name:
         return DecoderLayer(config, megatron, name.startswith("token_decoder"), recompute)
-    pieces = {
+    pieces: dict[str, Callable[[ModelConfig, TransformerConfig], nn.Module]] = {
         "embedder": Embedder,
-        "vanilla.embedding": VanillaEmbedding,
-        "block_decoder.norm": BlockNorm,
+        "vanilla.input": VanillaInput,
+        "block_decoder.output": BlockOutput,
         "token_decoder.input": PrefixInput,
         "token_decoder.output": OutputHead,
         "vanilla.output": OutputHead,

@@ -1,5 +1,6 @@
 """A pipeline stage: a contiguous slice of the model's pieces as one module."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -86,9 +87,9 @@ class Stage(nn.Module):
         inputs = prepare_inputs(self.model_config, batch)
         return self.run(self._input, inputs)
 
-    def run(self, hidden: Tensor | None, inputs: ModelInputs) -> Tensor:
-        """Runs all pieces of this stage on prepared inputs."""
-        for name in self.names:
+    def run(self, hidden: Tensor | None, inputs: ModelInputs, names: Sequence[str] | None = None) -> Tensor:
+        """Runs the named pieces of this stage, by default all, on prepared inputs."""
+        for name in self.names if names is None else names:
             hidden = self.piece(name)(hidden, inputs)
         assert hidden is not None
         return hidden
@@ -98,13 +99,9 @@ class Stage(nn.Module):
 
         Only for an unpipelined model.
         """
-        inputs = prepare_inputs(self.model_config, batch)
-        hidden: Tensor | None = None
-        for name in self.names[:-1]:
-            hidden = self.piece(name)(hidden, inputs)
         output = self.piece(self.names[-1])
-        assert isinstance(output, OutputHead) and hidden is not None
-        return output.logits(hidden)
+        assert isinstance(output, OutputHead)
+        return output.logits(self.run(None, prepare_inputs(self.model_config, batch), self.names[:-1]))
 
 
 def _register(root: nn.Module, name: str, module: nn.Module) -> None:

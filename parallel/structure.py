@@ -10,11 +10,11 @@ def piece_names(config: ModelConfig) -> list[str]:
     """
     if not config.is_block:
         layers = [f"vanilla.layers.{i}" for i in range(config.vanilla.num_layers)]
-        return ["vanilla.embedding", *layers, "vanilla.output"]
+        return ["vanilla.input", *layers, "vanilla.output"]
     return [
         "embedder",
         *(f"block_decoder.layers.{i}" for i in range(config.blocks.num_layers)),
-        "block_decoder.norm",
+        "block_decoder.output",
         "token_decoder.input",
         *(f"token_decoder.layers.{i}" for i in range(config.tokens.num_layers)),
         "token_decoder.output",

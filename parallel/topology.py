@@ -56,6 +56,13 @@ def start_process_group(timeout: timedelta = timedelta(minutes=30)) -> None:
     torch.distributed.init_process_group(backend, timeout=timeout)
 
 
+def start_single_process() -> Coordinates:
+    """Makes this process a group of its own with the topology of one process laid over it; uses no network."""
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    torch.distributed.init_process_group(backend, store=torch.distributed.HashStore(), rank=0, world_size=1)
+    return initialize_topology(ParallelConfig())
+
+
 def initialize_topology(parallel: ParallelConfig) -> Coordinates:
     """Lays tensor x pipeline x data groups over the running process group.
 
@@ -103,4 +110,3 @@ def sum_over_data_parallel(value: torch.Tensor) -> torch.Tensor:
     """Sums a tensor over the data-parallel group, in place."""
     torch.distributed.all_reduce(value, group=parallel_state.get_data_parallel_group())
     return value
-

@@ -1,4 +1,4 @@
-"""Starts the processes of a training job: through Submitit on this machine, or as one rank of a job that runs already."""
+"""Starts the processes of a training job: through Submitit on this machine, or as one rank of a running job."""
 
 import os
 import signal
@@ -17,6 +17,7 @@ from checkpoints.store import CheckpointStore
 from parallel.errors import ConfigurationError
 from train.config import RunConfig
 from train.run_directory import RunDirectory
+from train.streams import check_data
 from train.worker import INTERACTIVE, STOPPED_STATUS, USER_ERROR_STATUS, ProcessIdentity, RankResult, train_rank
 
 Launcher = Literal["auto", "local", "inline"]
@@ -42,17 +43,21 @@ def launch(config: RunConfig, launcher: Launcher) -> int:
 
     Raises:
         ConfigurationError: the run cannot be started; before any process is.
+        DataError: its data cannot be read; likewise.
     """
     identity = identity_from_environment(os.environ)
     if launcher == "inline" and identity is None:
-        raise ConfigurationError("--launcher inline needs RANK and WORLD_SIZE (torchrun) or SLURM_PROCID (srun) in the "
-                                 "environment; start it with one of them, or use --launcher local")
+        raise ConfigurationError(
+            "--launcher inline needs RANK and WORLD_SIZE (torchrun) or SLURM_PROCID (srun) in the "
+            "environment; start it with one of them, or use --launcher local"
+        )
     inline = launcher == "inline" or (launcher == "auto" and identity is not None)
     directory = RunDirectory(config)
     directory.check()
     if not inline and is_complete(config, directory):
         print(f"run {config.run.name} is complete at step {config.train.last_step}; nothing to do")
         return 0
+    check_data(config)
     if not inline or identity is None:
         return _run_local(config, directory)
     result = train_rank(config, identity)
@@ -149,8 +154,10 @@ def _visible_gpus(needed: int) -> int:
 
     available = torch.cuda.device_count()
     if 0 < available < needed:
-        raise ConfigurationError(f"the layout needs {needed} GPUs, this machine has {available}; lower parallel.data, "
-                                 "parallel.tensor or parallel.pipeline, or start it on a cluster")
+        raise ConfigurationError(
+            f"the layout needs {needed} GPUs, this machine has {available}; lower parallel.data, "
+            "parallel.tensor or parallel.pipeline, or start it on a cluster"
+        )
     return needed if available else 0
 
 

@@ -4,14 +4,16 @@ Maps the reference's parameter names to ours. Golden files hold two sequences of
 """
 
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from parallel.config import DecoderConfig, ModelConfig
+from parallel.config import DecoderConfig, ModelConfig, ParallelConfig
 from parallel.inputs import MicroBatch
+from parallel.stage import Stage, build_stage
 
 GOLDEN = Path(__file__).parent / "golden"
 BLOCK_VARIANTS = ("main_prefix_b4", "prefix_b1", "prefix_b2", "prefix_b8", "prefix_r1_b4", "vocab_padded_b4")
@@ -27,14 +29,14 @@ _LAYER_NAMES = {
 }
 _BLOCK_NAMES = {
     "embedder.embeddings": "embedder.embedding",
-    "block_decoder.gpt_neox.final_layer_norm": "block_decoder.norm",
+    "block_decoder.gpt_neox.final_layer_norm": "block_decoder.output.norm",
     "token_decoder.expansion_layer": "token_decoder.input.expansion",
     "token_decoder.gpt_neox.embed_in": "token_decoder.input.embedding",
     "token_decoder.gpt_neox.final_layer_norm": "token_decoder.output.norm",
     "token_decoder.embed_out": "token_decoder.output.head",
 }
 _VANILLA_NAMES = {
-    "gpt_neox.embed_in": "vanilla.embedding",
+    "gpt_neox.embed_in": "vanilla.input.embedding",
     "gpt_neox.final_layer_norm": "vanilla.output.norm",
     "embed_out": "vanilla.output.head",
 }
@@ -76,6 +78,17 @@ def load_golden(name: str) -> GoldenSet:
         outputs=outputs,
         generation=load_file(folder / "generation.safetensors"),
     )
+
+
+@lru_cache(maxsize=8)
+def golden_stage(name: str) -> tuple[GoldenSet, Stage]:
+    """One variant and the unsharded model with its weights."""
+    golden = load_golden(name)
+    stage = build_stage(golden.config, ParallelConfig(), seed=None)
+    ours = {name for name, _ in stage.named_parameters()}
+    assert ours == set(golden.weights), "every parameter has a recorded value and the reverse"
+    stage.load_state_dict(golden.weights, strict=False)
+    return golden, stage
 
 
 def _block_config(weights: dict[str, Tensor], outputs: dict[str, Tensor]) -> ModelConfig:

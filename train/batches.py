@@ -13,9 +13,7 @@ def micro_batch_rows(global_batch: int, data_size: int, data_rank: int, micro_ba
     return [range(start + offset, start + offset + micro_batch_size) for start in range(0, global_batch, stride)]
 
 
-def split_global_batch(
-    batch: MicroBatch, data_size: int, data_rank: int, micro_batch_size: int
-) -> list[MicroBatch]:
+def split_global_batch(batch: MicroBatch, data_size: int, data_rank: int, micro_batch_size: int) -> list[MicroBatch]:
     """This rank's micro-batches of a whole global batch [global batch size, S]."""
     rows = micro_batch_rows(len(batch.token_ids), data_size, data_rank, micro_batch_size)
     return [MicroBatch(batch.token_ids[row.start : row.stop], batch.mask[row.start : row.stop]) for row in rows]

@@ -82,7 +82,9 @@ class CheckpointConfig(BaseModel):
 
     every: int = Field(default=1000, ge=1, description="Optimizer steps between checkpoints; the last is always saved.")
     keep_last: int = Field(default=2, ge=1, description="Newest checkpoints that are kept.")
-    keep_every: int | None = Field(default=None, ge=1, description="Also keep each checkpoint whose step is a multiple.")
+    keep_every: int | None = Field(
+        default=None, ge=1, description="Also keep each checkpoint whose step is a multiple."
+    )
 
 
 class LoggingConfig(BaseModel):
@@ -135,8 +137,9 @@ class RunConfig(BaseModel):
                 f"{-(-self.train.global_batch_size // unit) * unit}"
             )
         if self.optimizer.warmup_steps >= self.train.steps:
-            raise ValueError(f"optimizer.warmup_steps={self.optimizer.warmup_steps} must be below train.steps="
-                             f"{self.train.steps}")
+            raise ValueError(
+                f"optimizer.warmup_steps={self.optimizer.warmup_steps} must be below train.steps={self.train.steps}"
+            )
         self._check_precision()
         return self
 
@@ -144,8 +147,12 @@ class RunConfig(BaseModel):
         if self.train.precision != "bf16":
             return
         if self.parallel.zero_stage == 0:
-            raise ValueError("parallel.zero_stage=0 cannot accumulate bf16 gradients in fp32 (DeepSpeed refuses); "
-                             "use parallel.zero_stage=1 or train.precision=fp32")
+            raise ValueError(
+                "parallel.zero_stage=0 cannot accumulate bf16 gradients in fp32 (DeepSpeed refuses); "
+                "use parallel.zero_stage=1 or train.precision=fp32"
+            )
         if self.parallel.zero_stage == 2 and self.parallel.pipeline > 1:
-            raise ValueError("parallel.zero_stage=2 under a pipeline would accumulate bf16 gradients in bf16; "
-                             "use parallel.zero_stage=1 or train.precision=fp32")
+            raise ValueError(
+                "parallel.zero_stage=2 under a pipeline would accumulate bf16 gradients in bf16; "
+                "use parallel.zero_stage=1 or train.precision=fp32"
+            )

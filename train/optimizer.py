@@ -26,7 +26,8 @@ def parameter_groups(module: nn.Module, config: OptimizerConfig) -> list[dict[st
     `matrices` exempts biases, norms and embedding tables, as GPT-NeoX does; `all` decays everything, as the reference
     did for the paper.
     """
-    decayed, exempt = [], []
+    decayed: list[nn.Parameter] = []
+    exempt: list[nn.Parameter] = []
     for name, parameter in module.named_parameters():
         is_matrix = not (name.endswith(".bias") or "norm." in name or name.endswith("embedding.weight"))
         (decayed if config.decay == "all" or is_matrix else exempt).append(parameter)

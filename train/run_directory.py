@@ -1,15 +1,11 @@
 """A run's folder: its configuration, the lock of its one writer, and where everything goes.
 
-    runs/<name>/config.yaml   resolved configuration of the latest attempt
-    runs/<name>/checkpoints/  step directories (checkpoints.store)
-    runs/<name>/tensorboard/  events
-    runs/<name>/logs/         one log per process
-    runs/<name>/submitit/     job files
+`runs/<name>/` holds config.yaml (resolved, of the latest attempt), checkpoints/ (step directories of the checkpoint
+store), tensorboard/ (events), logs/ (of batch jobs) and submitit/ (job files, one log per process).
 """
 
 import fcntl
 import os
-from pathlib import Path
 from typing import Any
 
 import yaml

@@ -24,8 +24,9 @@ from train.run_directory import RunDirectory
 from train.schedule import learning_rate
 from train.step import StepEngine
 from train.stop_signals import StopSignals
+from train.streams import open_stream
 from train.throughput import SpeedMeter
-from train.validation import ValidationSet, open_stream
+from train.validation import ValidationSet
 
 
 class Ending(Enum):

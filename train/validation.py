@@ -1,9 +1,5 @@
 """Loss on the validation split: the same sequences each time, spread over the data-parallel ranks."""
 
-from typing import Literal
-
-from data.errors import DataError
-from data.stream import SequenceStream
 from parallel.cpu_adaptation import compute_device
 from parallel.inputs import MicroBatch
 from parallel.schedule import LossSums
@@ -12,30 +8,9 @@ from train.batches import micro_batch_rows, read_micro_batches
 from train.config import RunConfig
 from train.metrics import MeanLoss, global_loss_sums, mean_loss
 from train.step import StepEngine
+from train.streams import open_stream
 
 ROUNDS_PER_CALL = 8  # micro-batches per rank and schedule call: enough to fill a pipeline, few enough for memory
-
-
-def open_stream(config: RunConfig, split: Literal["train", "validation"]) -> SequenceStream:
-    """Opens a split of the run's corpus.
-
-    Raises:
-        DataError: it is missing, damaged, too small, or its vocabulary is larger than the model's.
-    """
-    minimum = config.train.global_batch_size if split == "train" else 1
-    stream = SequenceStream(
-        config.data,
-        split,
-        block_length=config.model.unit_length,
-        sequence_length=config.model.sequence_length,
-        minimum_sequences=minimum,
-    )
-    if stream.vocab_size > config.model.vocab_size:
-        raise DataError(
-            f"{config.data.path} holds token ids up to {stream.vocab_size - 1}, but model.vocab_size="
-            f"{config.model.vocab_size}; set model.vocab_size to at least {stream.vocab_size}"
-        )
-    return stream
 
 
 class ValidationSet:
@@ -59,7 +34,8 @@ class ValidationSet:
         for start in range(0, len(self._rows), ROUNDS_PER_CALL):
             rows = self._rows[start : start + ROUNDS_PER_CALL]
             batches = read_micro_batches(self.stream, 0, rows, compute_device())
-            total += engine.evaluate([self._without_excess(row, batch) for row, batch in zip(rows, batches, strict=True)])
+            pairs = zip(rows, batches, strict=True)
+            total += engine.evaluate([self._without_excess(row, batch) for row, batch in pairs])
         return mean_loss(global_loss_sums(total))
 
     def _without_excess(self, rows: range, batch: MicroBatch) -> MicroBatch:

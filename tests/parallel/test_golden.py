@@ -1,25 +1,11 @@
 """The model against numbers recorded from the reference implementation (fp32, tolerance 1e-5)."""
 
-from functools import lru_cache
-
 import pytest
 import torch
 
-from parallel.config import ParallelConfig
-from parallel.stage import Stage, build_stage
-from tests.golden_reference import BLOCK_VARIANTS, GoldenSet, load_golden, relative_difference
+from tests.golden_reference import BLOCK_VARIANTS, golden_stage, relative_difference
 
 TOLERANCE = 1e-5
-
-
-@lru_cache(maxsize=8)
-def load(name: str) -> tuple[GoldenSet, Stage]:
-    golden = load_golden(name)
-    stage = build_stage(golden.config, ParallelConfig(), seed=None)
-    stage.load_state_dict({k: v for k, v in golden.weights.items()}, strict=False)
-    ours = {name for name, _ in stage.named_parameters()}
-    assert ours == set(golden.weights), "every parameter has a recorded value and the reverse"
-    return golden, stage
 
 
 def by_sequence(values: torch.Tensor, num_sequences: int = 2) -> torch.Tensor:
@@ -30,7 +16,7 @@ def by_sequence(values: torch.Tensor, num_sequences: int = 2) -> torch.Tensor:
 @pytest.mark.parametrize("case", ["nopad", "pad"])
 @pytest.mark.parametrize("name", BLOCK_VARIANTS)
 def test_block_logits_and_losses(name: str, case: str) -> None:
-    golden, stage = load(name)
+    golden, stage = golden_stage(name)
     batch = golden.batch(case)
     with torch.no_grad():
         logits = by_sequence(stage.logits(batch))
@@ -46,7 +32,7 @@ def test_block_logits_and_losses(name: str, case: str) -> None:
 @pytest.mark.parametrize("name", BLOCK_VARIANTS)
 def test_leading_padding_leaks_no_future(name: str) -> None:
     """Only the first real block after leading padding may differ: there the reference sees the future."""
-    golden, stage = load(name)
+    golden, stage = golden_stage(name)
     batch = golden.batch("leadpad")
     with torch.no_grad():
         losses = by_sequence(stage(batch))
@@ -63,11 +49,15 @@ def test_leading_padding_leaks_no_future(name: str) -> None:
 
 @pytest.mark.parametrize(
     ("name", "case"),
-    [*((name, "pad") for name in BLOCK_VARIANTS), ("main_prefix_b4", "nopad"), ("vanilla", "nopad"),
-     ("vanilla", "rightpad")],
+    [
+        *((name, "pad") for name in BLOCK_VARIANTS),
+        ("main_prefix_b4", "nopad"),
+        ("vanilla", "nopad"),
+        ("vanilla", "rightpad"),
+    ],
 )
 def test_gradients(name: str, case: str) -> None:
-    golden, stage = load(name)
+    golden, stage = golden_stage(name)
     batch = golden.batch(case)
     stage.zero_grad()
     losses = stage(batch)
@@ -85,7 +75,7 @@ def test_gradients(name: str, case: str) -> None:
 
 @pytest.mark.parametrize("case", ["nopad", "rightpad", "leftpad"])
 def test_vanilla_logits_and_losses(case: str) -> None:
-    golden, stage = load("vanilla")
+    golden, stage = golden_stage("vanilla")
     batch = golden.batch(case)
     with torch.no_grad():
         logits = stage.logits(batch).transpose(0, 1)

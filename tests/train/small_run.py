@@ -13,14 +13,14 @@ EXAMPLES = Path(__file__).resolve().parents[2] / "examples" / "corpus"
 VOCABULARY = 384
 
 
-def prepare_small_corpus(folder: Path) -> Path:
+def prepare_small_corpus(folder: Path, start: int = 20_000) -> Path:
     """Shards of the first lines of the bundled validation books; about 40 sequences of 64 tokens per epoch."""
     with lzma.open(EXAMPLES / "validation.jsonl.xz", "rt", encoding="utf-8") as books:
         text = json.loads(next(books))["text"]
     paths = []
-    for name, start in (("train", 20_000), ("validation", 60_000)):
+    for name, offset in (("train", start), ("validation", 60_000)):
         paths.append(folder / f"{name}.txt")
-        paths[-1].write_text(text[start : start + 4_000])
+        paths[-1].write_text(text[offset : offset + 4_000])
     tokenizer = folder / "tokenizer.model"
     train_sentencepiece([paths[0]], VOCABULARY, tokenizer)
     prepare(

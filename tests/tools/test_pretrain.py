@@ -1,0 +1,248 @@
+"""tools/pretrain.py as a user runs it: real commands, real processes, mistakes and interruptions."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+
+from checkpoints.store import CheckpointStore
+from tests.train.small_run import prepare_small_corpus, small_run
+from train.config_file import config_text
+
+ROOT = Path(__file__).resolve().parents[2]
+COMMAND = [sys.executable, str(ROOT / "tools" / "pretrain.py")]
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return prepare_small_corpus(tmp_path_factory.mktemp("corpus"))
+
+
+@pytest.fixture
+def config_file(tmp_path: Path, corpus: Path) -> Path:
+    path = tmp_path / "run.yaml"
+    path.write_text(config_text(small_run(tmp_path / "runs", corpus)))
+    return path
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> tuple[Path, str]:
+    """The config of a run that the local launcher has trained to the end, and what it printed."""
+    folder = tmp_path_factory.mktemp("finished")
+    path = folder / "run.yaml"
+    path.write_text(config_text(small_run(folder / "runs", corpus)))
+    result = pretrain(path, cwd=folder)
+    assert result.returncode == 0, result.stderr
+    return path, result.stdout
+
+
+def pretrain(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([*COMMAND, *map(str, arguments)], capture_output=True, text=True, cwd=cwd, timeout=300)
+
+
+def assert_one_clear_error(result: subprocess.CompletedProcess[str], *parts: str) -> None:
+    assert result.returncode == 2, result.stdout + result.stderr
+    assert "Traceback" not in result.stdout + result.stderr
+    errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1, result.stderr
+    for part in parts:
+        assert part in errors[0], errors[0]
+
+
+def run_folder(config_file: Path) -> Path:
+    return config_file.parent / "runs" / "small"
+
+
+def test_local_launcher_trains_to_the_end(finished: tuple[Path, str]) -> None:
+    config_file, printed = finished
+    assert "step 14/14" in printed
+    assert "validation loss" in printed
+    assert "complete at step 14" in printed
+    folder = run_folder(config_file)
+    assert CheckpointStore(folder / "checkpoints").complete_steps()[-1] == 14
+    assert list((folder / "tensorboard").glob("events*"))
+    assert yaml.safe_load((folder / "config.yaml").read_text())["train"]["steps"] == 14
+
+
+def test_second_start_reports_completion_and_changes_nothing(finished: tuple[Path, str]) -> None:
+    config_file, _ = finished
+    before = {path: path.stat().st_mtime_ns for path in run_folder(config_file).rglob("*")}
+    result = pretrain(config_file)
+    assert result.returncode == 0
+    assert "complete at step 14; nothing to do" in result.stdout
+    assert {path: path.stat().st_mtime_ns for path in run_folder(config_file).rglob("*")} == before
+
+
+def test_existing_run_with_another_config_is_refused(finished: tuple[Path, str]) -> None:
+    config_file, _ = finished
+    result = pretrain(config_file, "optimizer.learning_rate=0.5", "train.steps=20")
+    assert_one_clear_error(
+        result,
+        "run small exists",
+        "optimizer.learning_rate is 0.01 there and 0.5 here",
+        "train.steps",
+        "choose another run.name",
+    )
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signal_saves_and_resumes(config_file: Path, number: signal.Signals) -> None:
+    """Signals the whole process group, as Ctrl-C in a terminal and a batch system do."""
+    arguments = ["train.steps=20000", "checkpoint.every=100000", "logging.every=50"]
+    process = subprocess.Popen(
+        [*COMMAND, str(config_file), *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("step 100/"):
+            break
+    os.killpg(process.pid, number)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == (130 if number is signal.SIGINT else 143), errors
+    assert "the same command goes on from here" in errors
+    assert "Traceback" not in errors
+    steps = CheckpointStore(run_folder(config_file) / "checkpoints").complete_steps()
+    assert len(steps) == 1
+    assert steps[0] >= 100
+    resumed = pretrain(config_file, *arguments, f"train.stop_step={steps[0] + 2}")
+    assert resumed.returncode == 0, resumed.stderr
+    assert f"resuming run small at step {steps[0]}" in resumed.stdout
+
+
+def test_two_writers_on_one_run_are_refused(config_file: Path) -> None:
+    arguments = [str(config_file), "train.steps=20000", "logging.every=50"]
+    first = subprocess.Popen([*COMMAND, *arguments], stdout=subprocess.PIPE, text=True, start_new_session=True)
+    try:
+        assert first.stdout is not None
+        for line in first.stdout:
+            if line.startswith("step 50/"):
+                break
+        assert_one_clear_error(pretrain(*arguments), "run small is being written by another job", "run.name")
+    finally:
+        os.killpg(first.pid, signal.SIGTERM)
+        first.communicate(timeout=120)
+
+
+def test_dry_run_prints_split_and_total_and_writes_nothing(config_file: Path) -> None:
+    result = pretrain(config_file, "--dry-run", "parallel.pipeline=2")
+    assert result.returncode == 0, result.stderr
+    assert "stage 0:" in result.stdout
+    assert "stage 1:" in result.stdout
+    assert result.stdout.splitlines()[-1].startswith("parameters: ")
+    assert not run_folder(config_file).exists()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "parts"),
+    [
+        (["model.prefix_lenght=2"], ["unknown field model.prefix_lenght", "model.prefix_length"]),
+        (["train.stepz=3"], ["unknown field train.stepz", "train.steps"]),
+        (["train.steps=many"], ["train.steps='many'", "integer"]),
+        (["train.steps=0"], ["train.steps=0", "greater than or equal to 1"]),
+        (["nonsense"], ["'nonsense'", "section.field=value"]),
+        (["parallel.tensor=3"], ["num_attention_heads=4", "parallel.tensor=3"]),
+        (["parallel.pipeline=8"], ["parallel.pipeline=8", "3 layers"]),
+        (["parallel.pipeline=2", "parallel.zero_stage=3"], ["zero_stage=3", "pipeline=2"]),
+        (["parallel.sequence_parallel=true"], ["sequence_parallel=true", "tensor > 1"]),
+        (["parallel.data=3"], ["train.global_batch_size=4", "parallel.data=3"]),
+        (["model.block_length=5"], ["sequence_length=64", "block_length=5"]),
+        (["train.precision=bf16", "parallel.zero_stage=0"], ["zero_stage=0", "bf16"]),
+        (["model.architecture=vanilla"], ["architecture=vanilla", "block_decoder"]),
+        (["optimizer.warmup_steps=14"], ["warmup_steps=14", "train.steps=14"]),
+        (["model.vocab_size=100"], ["model.vocab_size=100", "at least 384"]),
+        (["train.global_batch_size=60", "train.micro_batch_size=30"], ["41 sequences", "60"]),
+        (["data.path=nowhere"], ["nowhere", "tools/prepare_data.py"]),
+    ],
+)
+def test_bad_settings(config_file: Path, overrides: list[str], parts: list[str]) -> None:
+    assert_one_clear_error(pretrain(config_file, *overrides), *parts)
+    assert not run_folder(config_file).exists()
+
+
+def test_missing_and_unreadable_config(tmp_path: Path) -> None:
+    assert_one_clear_error(pretrain(tmp_path / "none.yaml"), "none.yaml does not exist")
+    (tmp_path / "bad.yaml").write_text("model: [1, 2")
+    assert_one_clear_error(pretrain(tmp_path / "bad.yaml"), "bad.yaml cannot be read as YAML")
+
+
+def test_inline_without_a_job_is_refused(config_file: Path) -> None:
+    assert_one_clear_error(pretrain(config_file, "--launcher", "inline"), "--launcher inline needs RANK")
+
+
+def test_truncated_shard_is_refused(config_file: Path, corpus: Path, tmp_path: Path) -> None:
+    damaged = tmp_path / "damaged"
+    shutil.copytree(corpus, damaged)
+    shard = next((damaged / "train").glob("*.tar"))
+    os.truncate(shard, shard.stat().st_size // 2)
+    assert_one_clear_error(pretrain(config_file, f"data.path={damaged}"), shard.name, "bytes")
+    assert not run_folder(config_file).exists()
+
+
+def test_other_tokenizer_is_refused(config_file: Path, corpus: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other.model"
+    other.write_bytes(next(corpus.glob("*.model")).read_bytes() + b"\n")
+    assert_one_clear_error(pretrain(config_file, f"data.tokenizer={other}"), "other.model", "fingerprint")
+
+
+@pytest.fixture
+def resumable(finished: tuple[Path, str], tmp_path: Path) -> Path:
+    """A copy of the finished run that has some steps left."""
+    source, _ = finished
+    shutil.copytree(run_folder(source), tmp_path / "runs" / "small")
+    values = yaml.safe_load(source.read_text())
+    values["run"]["root"] = str(tmp_path / "runs")
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(values))
+    shutil.rmtree(run_folder(path) / "checkpoints" / "step_00000014")
+    return path
+
+
+def test_damaged_checkpoints_are_refused_not_restarted(resumable: Path) -> None:
+    steps = sorted((run_folder(resumable) / "checkpoints").glob("step_*"))
+    assert len(steps) == 1
+    file = next(steps[0].glob("*.safetensors"))
+    os.truncate(file, file.stat().st_size - 100)
+    result = pretrain(resumable)
+    assert_one_clear_error(result, "no checkpoint", "rank_0000", "bytes")
+    assert steps[0].is_dir(), "nothing was removed"
+
+
+def test_changed_shards_under_a_run_are_refused(resumable: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "other"
+    folder.mkdir()
+    shutil.copy(Path(yaml.safe_load(resumable.read_text())["data"]["path"]).parent / "train.txt", folder)
+    other = prepare_small_corpus(folder, start=30_000)
+    assert_one_clear_error(pretrain(resumable, f"data.path={other}"), "trained on other data", "fingerprint")
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system with room for about one checkpoint."""
+    folder = tmp_path / "small-disk"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip(f"mounting a small tmpfs is not permitted here: {mounted.stderr.decode().strip()}")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_full_disk_while_saving(config_file: Path, small_disk: Path) -> None:
+    """The first checkpoint fits, a later one does not: the run ends with the reason and the first stays usable."""
+    result = pretrain(config_file, f"run.root={small_disk}", "checkpoint.every=1", "checkpoint.keep_last=50")
+    assert_one_clear_error(result, "cannot write", "No space left", "free space")
+    newest = CheckpointStore(small_disk / "small" / "checkpoints").newest()
+    assert newest is not None
+    assert newest.step >= 1

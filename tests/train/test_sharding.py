@@ -1,0 +1,67 @@
+"""Sharding is real: what each rank holds equals the formula."""
+
+import math
+
+import pytest
+
+from checkpoints.engine_state import owned_parts
+from parallel.config import ParallelConfig
+from parallel.costs import pipeline_split
+from parallel.stage import build_stage
+from parallel.topology import initialize_topology
+from tests.processes import run_processes
+from train.batches import split_global_batch
+from train.selftest import OPTIMIZER, selftest_batch, selftest_model
+from train.step import StepEngine
+
+ALIGNMENT = 2  # DeepSpeed pads a flat partition to this many elements per data-parallel rank
+
+
+def held(parallel: ParallelConfig) -> tuple[int, int, list[int], int]:
+    """(pipeline rank, parameters in the stage, elements of each Adam partition, elements this rank owns)."""
+    place = initialize_topology(parallel)
+    config = selftest_model("block")
+    stage = build_stage(config, parallel)
+    parameters = sum(parameter.numel() for parameter in stage.parameters())
+    engine = StepEngine(stage, parallel, OPTIMIZER, "fp32", 1)
+    engine.train(split_global_batch(selftest_batch(config, 0), parallel.data, place.data_rank, 1), 1e-3)
+    moments = [state["exp_avg"].numel() for state in engine.engine.basic_optimizer.state.values()]
+    owned = sum(part.stop - part.start for part in owned_parts(engine.engine))
+    return place.pipeline_rank, parameters, moments, owned
+
+
+def group_sizes(parallel: ParallelConfig) -> list[int]:
+    """Elements of the decayed and of the exempt parameters of the unpipelined, unsplit selftest model."""
+    initialize_topology(ParallelConfig(data=parallel.world_size))
+    stage = build_stage(selftest_model("block"), ParallelConfig(data=parallel.world_size))
+    from train.optimizer import parameter_groups
+
+    return [sum(p.numel() for p in group["params"]) for group in parameter_groups(stage, OPTIMIZER)]
+
+
+@pytest.mark.parametrize("tensor", [1, 2])
+@pytest.mark.parametrize("pipeline", [1, 2])
+def test_parameters_per_rank_under_tensor_and_pipeline(tensor: int, pipeline: int) -> None:
+    parallel = ParallelConfig(tensor=tensor, pipeline=pipeline)
+    stages = pipeline_split(selftest_model("block"), pipeline)
+    for rank, parameters, _, owned in run_processes(parallel.world_size, held, parallel):
+        expected = sum(cost.parameters_per_rank(tensor) for cost in stages[rank])
+        assert parameters == owned == expected
+
+
+@pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
+def test_optimizer_elements_per_rank_under_zero(zero_stage: int) -> None:
+    parallel = ParallelConfig(data=2, zero_stage=zero_stage)  # type: ignore[arg-type]
+    sizes = run_processes(2, group_sizes, parallel)[0]
+    ranks = run_processes(2, held, parallel)
+    whole = sum(sizes)
+    if zero_stage == 0:
+        assert all(owned == sum(moments) == whole for _, _, moments, owned in ranks)
+        return
+    assert sum(owned for *_, owned in ranks) == whole, "each element has exactly one owner"
+    for _, _, moments, _ in ranks:
+        if zero_stage == 3:  # each parameter is padded on its own
+            assert whole / 2 <= sum(moments) <= whole / 2 + 100
+        else:
+            unit = 2 * ALIGNMENT
+            assert sorted(moments) == sorted(math.ceil(size / unit) * unit // 2 for size in sizes)
