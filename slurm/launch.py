@@ -5,7 +5,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -15,6 +15,7 @@ import submitit
 
 from checkpoints.store import CheckpointStore
 from parallel.errors import ConfigurationError
+from slurm.identity import identity_from_environment
 from train.config import RunConfig
 from train.run_directory import RunDirectory
 from train.streams import check_data
@@ -27,7 +28,6 @@ INTERRUPTED_STATUS = 130
 POLL_SECONDS = 0.2
 # Submitit's local executor ends a job at its time limit; a run has none.
 NO_LIMIT_MINUTES = 60 * 24 * 365
-DEFAULT_PORT = 29500
 
 
 def launch(config: RunConfig, launcher: Launcher) -> int:
@@ -70,24 +70,6 @@ def is_complete(config: RunConfig, directory: RunDirectory) -> bool:
     """Whether the run's newest checkpoint is of its last step."""
     steps = CheckpointStore(directory.checkpoints).complete_steps()
     return bool(steps) and steps[-1] >= config.train.last_step
-
-
-def identity_from_environment(environment: Mapping[str, str]) -> ProcessIdentity | None:
-    """This process's identity if torchrun or srun started it."""
-    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-    if "RANK" not in environment or "WORLD_SIZE" not in environment:
-        names = ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_NTASKS_PER_NODE")
-        if "SLURM_PROCID" not in environment or "SLURM_STEP_ID" not in environment:
-            return None
-    rank, world_size, local_rank, local_world_size = (environment.get(name) for name in names)
-    return ProcessIdentity(
-        rank=int(rank or 0),
-        world_size=int(world_size or 1),
-        local_rank=int(local_rank or 0),
-        local_world_size=int(local_world_size or 1),
-        master_address=environment.get("MASTER_ADDR", "127.0.0.1"),
-        master_port=int(environment.get("MASTER_PORT", DEFAULT_PORT)),
-    )
 
 
 def free_port() -> int:
