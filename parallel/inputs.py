@@ -52,32 +52,41 @@ def count_targets(config: ModelConfig, mask: Tensor) -> Tensor:
 
 def prepare_inputs(config: ModelConfig, batch: MicroBatch) -> ModelInputs:
     """Builds the model's inputs from one micro-batch; every pipeline stage and tensor-parallel rank does so alike."""
-    return _block_inputs(config, batch) if config.is_block else _vanilla_inputs(batch)
+    return _block_inputs(config, batch) if config.is_block else _vanilla_inputs(config, batch)
+
+
+def target_mask(config: ModelConfig, mask: Tensor) -> Tensor:
+    """Which targets are valid, laid out like ModelInputs.targets, for a mask [B, S] of real tokens."""
+    return _targets(config, mask)
+
+
+def _targets(config: ModelConfig, values: Tensor) -> Tensor:
+    """Lays [B, S] out as targets: [N * B, L] for block models, [S, B] for vanilla; the last step is 0 (False)."""
+    if not config.is_block:
+        return _next(values).transpose(0, 1).contiguous()
+    blocks = values.view(len(values), -1, config.block_length)
+    return _next(blocks).transpose(0, 1).reshape(-1, config.block_length)
 
 
 def _block_inputs(config: ModelConfig, batch: MicroBatch) -> ModelInputs:
-    length = config.block_length
-    num_sequences, num_tokens = batch.token_ids.shape
-    blocks = batch.token_ids.view(num_sequences, num_tokens // length, length)
-    block_mask = batch.mask.view_as(blocks)
-    targets = _next(blocks).transpose(0, 1).reshape(-1, length)
-    target_mask = _next(block_mask).transpose(0, 1).reshape(-1, length)
+    blocks = batch.token_ids.view(len(batch.token_ids), -1, config.block_length)
+    valid = target_mask(config, batch.mask)
     return ModelInputs(
         token_ids=blocks,
-        global_mask=_causal_mask(block_mask.any(dim=2)),
-        local_mask=_local_mask(config, target_mask),
-        targets=targets,
-        target_mask=target_mask,
+        global_mask=_causal_mask(batch.mask.view_as(blocks).any(dim=2)),
+        local_mask=_local_mask(config, valid),
+        targets=_targets(config, batch.token_ids),
+        target_mask=valid,
     )
 
 
-def _vanilla_inputs(batch: MicroBatch) -> ModelInputs:
+def _vanilla_inputs(config: ModelConfig, batch: MicroBatch) -> ModelInputs:
     return ModelInputs(
         token_ids=batch.token_ids,
         global_mask=_causal_mask(batch.mask),
         local_mask=None,
-        targets=_next(batch.token_ids).transpose(0, 1).contiguous(),
-        target_mask=_next(batch.mask).transpose(0, 1).contiguous(),
+        targets=_targets(config, batch.token_ids),
+        target_mask=target_mask(config, batch.mask),
     )
 
 

@@ -51,7 +51,10 @@ def start_process_group(timeout: timedelta = timedelta(minutes=30)) -> None:
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # orders communication before computation under TP
     backend = "gloo"
     if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+        device = int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count()
+        torch.cuda.set_device(device)
+        # DeepSpeed takes it for the index of a GPU, which it is not where each process sees only its own.
+        os.environ["LOCAL_RANK"] = str(device)
         backend = "nccl"
     torch.distributed.init_process_group(backend, timeout=timeout)
 

@@ -1,0 +1,187 @@
+import warnings
+from typing import Any
+
+import pytest
+import torch
+
+from inference.errors import InferenceError
+from inference.generator import Generator
+from inference.sampling import SamplingConfig
+from parallel.config import ModelConfig, ParallelConfig
+from parallel.inputs import MicroBatch
+from parallel.stage import Stage, build_stage
+from parallel.topology import initialize_topology
+from tests.golden_reference import BLOCK_VARIANTS, golden_stage
+from tests.inference.models import PAD_ID, VOCAB_SIZE, forward_logits, random_prompt, small_config, small_stage
+from tests.processes import run_processes
+
+GOLDEN_CASES = [
+    *((name, "forward_greedy") for name in BLOCK_VARIANTS),
+    ("prefix_r1_b4", "ref_generate"),
+    ("vanilla", "ref_generate"),
+]
+SHAPES = [("block", 1, 1), ("block", 1, 3), ("block", 2, 2), ("block", 4, 1), ("block", 4, 2), ("vanilla", 4, 2)]
+DRAWN = SamplingConfig(temperature=1.0, top_p=0.9, seed=5)
+
+
+@pytest.mark.filterwarnings("ignore:prompt and new tokens")
+@pytest.mark.parametrize(("name", "recorded"), GOLDEN_CASES)
+def test_every_recorded_generation(name: str, recorded: str) -> None:
+    golden, stage = golden_stage(name)
+    stored = golden.generation
+    cases = [key.removesuffix(".attention_mask") for key in stored if key.endswith(".attention_mask")]
+    cases = [case for case in cases if case != "eos_stop"]
+    assert "batch3_leftpad" in cases
+    assert len(cases) >= 4
+    for case in cases:
+        prompts = [
+            ids[mask.bool()].tolist()
+            for ids, mask in zip(stored[f"{case}.prompt"], stored[f"{case}.attention_mask"], strict=True)
+        ]
+        expected = stored[f"{case}.{recorded}"][:, stored[f"{case}.prompt"].shape[1] :].tolist()
+        assert Generator(stage, pad_id=0).generate(prompts, len(expected[0])) == expected, case
+
+
+def check_teacher_forced(stage: Stage, prompt: list[int], tokens: list[int]) -> None:
+    """Every token is the most likely one of a training forward pass over the tokens before it."""
+    logits = forward_logits(stage, prompt, tokens)
+    chosen = logits.gather(1, torch.tensor(tokens)[:, None]).squeeze(1)
+    assert bool((chosen >= logits.amax(dim=1) - 1e-4).all()), (prompt, tokens)
+
+
+@pytest.mark.parametrize(("architecture", "length", "prefix"), SHAPES)
+def test_mixed_lengths_follow_the_training_forward_pass(architecture: Any, length: int, prefix: int) -> None:
+    stage = small_stage(small_config(architecture, length, prefix))
+    prompts = [random_prompt(n) for n in (*range(1, 2 * length + 2), 5 * length + 1)]
+    count = max(2 * length + 1, 9)
+    together = Generator(stage, PAD_ID).generate(prompts, count)
+    for prompt, tokens in zip(prompts, together, strict=True):
+        assert len(tokens) == count
+        check_teacher_forced(stage, prompt, tokens)
+        assert Generator(stage, PAD_ID).generate([prompt], count) == [tokens]
+    assert len({token for tokens in together for token in tokens}) > 2, "the text is trivial"
+
+
+@pytest.mark.parametrize("sampling", [SamplingConfig(), DRAWN])
+@pytest.mark.parametrize(("architecture", "length"), [("block", 4), ("block", 1), ("vanilla", 1)])
+def test_neighbours_do_not_matter(architecture: Any, length: int, sampling: SamplingConfig) -> None:
+    stage = small_stage(small_config(architecture, length))
+    generator = Generator(stage, PAD_ID)
+    prompt = random_prompt(6)
+    alone = generator.generate([prompt], 13, sampling)[0]
+    for neighbour in (random_prompt(1), random_prompt(6, seed=1), random_prompt(15), prompt):
+        assert generator.generate([prompt, neighbour], 13, sampling)[0] == alone
+    changed_end = [*random_prompt(15)[:-1], (random_prompt(15)[-1] + 1) % VOCAB_SIZE]
+    first, second = (generator.generate([prompt, other], 13, sampling) for other in (random_prompt(15), changed_end))
+    assert first[0] == second[0]
+    assert first[1] != second[1]
+
+
+def test_copies_of_a_prompt_are_drawn_independently() -> None:
+    generator = Generator(small_stage(small_config()), PAD_ID)
+    first, second = generator.generate([random_prompt(5)] * 2, 12, DRAWN)
+    assert first != second
+    assert generator.generate([random_prompt(5)] * 2, 12, DRAWN) == [first, second]
+    assert generator.generate([random_prompt(5)], 12, DRAWN.model_copy(update={"seed": 6})) != [first]
+
+
+@pytest.mark.parametrize(("architecture", "length"), [("block", 4), ("block", 1), ("vanilla", 1)])
+def test_exactly_as_many_tokens_as_asked_for(architecture: Any, length: int) -> None:
+    generator = Generator(small_stage(small_config(architecture, length)), PAD_ID)
+    longest = generator.generate([random_prompt(3), random_prompt(4)], 9)
+    for count in range(10):
+        assert generator.generate([random_prompt(3), random_prompt(4)], count) == [row[:count] for row in longest]
+    assert generator.generate([], 5) == []
+
+
+@pytest.mark.parametrize(("architecture", "length"), [("block", 4), ("block", 1), ("vanilla", 1)])
+def test_end_of_text_stops_one_sequence_and_not_the_others(architecture: Any, length: int) -> None:
+    generator = Generator(small_stage(small_config(architecture, length)), PAD_ID)
+    prompts = [random_prompt(n) for n in (3, 4, 9)]
+    free = generator.generate(prompts, 14, DRAWN)
+    seen = set()
+    for eos_id in range(VOCAB_SIZE):
+        expected = [row[: row.index(eos_id) + 1] if eos_id in row else row for row in free]
+        assert generator.generate(prompts, 14, DRAWN, eos_id) == expected
+        seen |= {len(row) for row in expected}
+    assert len(seen) > 5, "stops inside blocks and at their ends"
+
+
+def test_ids_beyond_the_tokenizer_are_never_generated() -> None:
+    stage = small_stage(small_config())
+    tokens = Generator(stage, PAD_ID).generate([random_prompt(5)], 24, DRAWN)[0]
+    limit = sorted(set(tokens))[len(set(tokens)) // 2]
+    limited = Generator(stage, pad_id=0, vocab_size=limit).generate([random_prompt(5)], 24, DRAWN)[0]
+    assert max(tokens) >= limit > max(limited)
+
+
+def test_impossible_requests_are_explained() -> None:
+    stage = small_stage(small_config())
+    generator = Generator(stage, PAD_ID)
+    with pytest.raises(InferenceError, match="prompt 1 is empty"):
+        generator.generate([[1], []], 4)
+    with pytest.raises(InferenceError, match="prompt 0 holds token id 48, the model knows 0 to 47"):
+        generator.generate([[1, 48]], 4)
+    with pytest.raises(InferenceError, match="token id -1"):
+        generator.generate([[-1]], 4)
+    with pytest.raises(InferenceError, match="max_new_tokens=-1"):
+        generator.generate([[1]], -1)
+    with pytest.raises(InferenceError, match="pad_id=48"):
+        Generator(stage, 48)
+    with pytest.raises(InferenceError, match="vocab_size=49"):
+        Generator(stage, 0, vocab_size=49)
+    half = build_stage(small_config(), ParallelConfig(pipeline=2), pipeline_rank=1)
+    with pytest.raises(InferenceError, match="pipeline=1"):
+        Generator(half, 0)
+    damaged = small_stage(small_config())
+    torch.nn.init.constant_(damaged.piece("token_decoder.output").norm.bias, torch.nan)  # type: ignore[arg-type]
+    with pytest.raises(InferenceError, match="not finite"):
+        Generator(damaged, PAD_ID).generate([[1]], 4)
+
+
+def test_generation_beyond_the_trained_length_warns_once() -> None:
+    generator = Generator(small_stage(small_config()), PAD_ID)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        generator.generate([random_prompt(2)], 30)
+    with pytest.warns(UserWarning, match="model.sequence_length=32"):
+        generator.generate([random_prompt(2)], 31)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        generator.generate([random_prompt(2)], 31)
+
+
+@pytest.mark.filterwarnings("ignore:prompt and new tokens")
+def test_generation_leaves_training_possible() -> None:
+    """What generation caches, such as rotary tables, may be used by autograd later."""
+    stage = small_stage(small_config())
+    Generator(stage, PAD_ID).generate([random_prompt(60)], 1)
+    ids = torch.tensor([random_prompt(64)])
+    stage(MicroBatch(ids, torch.ones_like(ids, dtype=torch.bool))).sum().backward()
+    assert all(parameter.grad is not None for parameter in stage.parameters())
+
+
+def _generate_in_parallel(cases: list[tuple[ModelConfig, SamplingConfig]], prompts: list[list[int]]) -> list[Any]:
+    parallel = ParallelConfig(tensor=2)
+    initialize_topology(parallel)
+    stages = [build_stage(config, parallel, seed=1) for config, _ in cases]
+    results: list[Any] = [
+        Generator(stage, PAD_ID).generate(prompts, 11, sampling)
+        for stage, (_, sampling) in zip(stages, cases, strict=True)
+    ]
+    split = ParallelConfig(tensor=2, sequence_parallel=True)
+    try:
+        Generator(build_stage(cases[0][0], split), PAD_ID)
+    except InferenceError as error:
+        results.append(str(error))
+    return results
+
+
+def test_tensor_parallel_generation_equals_unsharded() -> None:
+    configs = [small_config(length=4), small_config(length=1), small_config("vanilla")]
+    cases = [(config, sampling) for config in configs for sampling in (SamplingConfig(), DRAWN)]
+    prompts = [random_prompt(n) for n in (1, 6, 9)]
+    expected = [Generator(small_stage(config), PAD_ID).generate(prompts, 11, sampling) for config, sampling in cases]
+    for results in run_processes(2, _generate_in_parallel, cases, prompts):
+        assert results[:-1] == expected
+        assert "sequence_parallel=false" in results[-1]
