@@ -11,7 +11,7 @@ from torch import Tensor
 from parallel.config import ModelConfig, ParallelConfig
 from parallel.costs import pipeline_split
 from parallel.cpu_adaptation import cpu_schedule
-from parallel.inputs import MicroBatch, prepare_inputs
+from parallel.inputs import MicroBatch, target_mask
 from parallel.stage import Stage
 from parallel.topology import coordinates
 
@@ -41,16 +41,16 @@ class LossSums:
         return cls(empty, empty.clone())
 
 
-def loss_sums(config: ModelConfig, token_loss: Tensor, target_mask: Tensor) -> LossSums:
+def loss_sums(config: ModelConfig, token_loss: Tensor, valid: Tensor) -> LossSums:
     """Sums token losses over valid targets by position in the block; vanilla has one position."""
-    mask = target_mask.reshape(-1, config.unit_length)
+    mask = valid.reshape(-1, config.unit_length)
     loss = token_loss.detach().reshape(-1, config.unit_length).double()
     return LossSums((loss * mask).sum(dim=0), mask.sum(dim=0).double())
 
 
-def masked_loss(token_loss: Tensor, target_mask: Tensor) -> Tensor:
+def masked_loss(token_loss: Tensor, valid: Tensor) -> Tensor:
     """Sum of cross entropy over valid targets (scalar, fp32)."""
-    return (token_loss * target_mask).sum()
+    return (token_loss * valid).sum()
 
 
 def boundary_shape(config: ModelConfig, parallel: ParallelConfig, name: str, micro_batch_size: int) -> Shape:
@@ -124,7 +124,6 @@ def _scaled_loss(
     config: ModelConfig, batch: MicroBatch, scale: float, token_loss: Tensor
 ) -> tuple[Tensor, Tensor, LossSums]:
     """Loss in the three-value form, which Megatron-core does not divide by the number of micro-batches."""
-    target_mask = prepare_inputs(config, batch).target_mask
-    sums = loss_sums(config, token_loss, target_mask)
-    count = target_mask.sum().to(torch.int)
-    return masked_loss(token_loss, target_mask) * scale, count, sums
+    valid = target_mask(config, batch.mask)
+    sums = loss_sums(config, token_loss, valid)
+    return masked_loss(token_loss, valid) * scale, valid.sum().to(torch.int), sums

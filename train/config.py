@@ -8,6 +8,8 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from data.config import DataConfig
 from parallel.config import ModelConfig, ParallelConfig, check_layout
 
+REPOSITORY = Path(__file__).resolve().parent.parent
+
 
 class RunSection(BaseModel):
     """Name and place of the run."""
@@ -17,7 +19,7 @@ class RunSection(BaseModel):
     name: str = Field(
         pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="Name of the run; its folder is `root`/`name`."
     )
-    root: Path = Field(default=Path("runs"), description="Folder that holds all runs; relative to the repository.")
+    root: Path = Field(default=REPOSITORY / "runs", description="Folder that holds all runs.")
     seed: int = Field(default=0, ge=0, description="Seed of the initial weights.")
 
 
@@ -113,8 +115,7 @@ class RunConfig(BaseModel):
     @property
     def directory(self) -> Path:
         """The run's folder."""
-        root = self.run.root if self.run.root.is_absolute() else Path(__file__).resolve().parent.parent / self.run.root
-        return root / self.run.name
+        return self.run.root / self.run.name
 
     @property
     def num_micro_batches(self) -> int:

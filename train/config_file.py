@@ -9,13 +9,16 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from parallel.errors import ConfigurationError
-from train.config import RunConfig
+from train.config import REPOSITORY, RunConfig
+
+PATH_FIELDS = (("run", "root"), ("data", "path"), ("data", "tokenizer"))
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Loads and checks a run's configuration.
 
-    A file may name another one in `base`, relative to itself; its own values win.
+    A file may name another one in `base`, relative to itself; its own values win. Relative paths in a file start at the
+    repository, those in overrides at the working directory.
 
     Args:
         path: YAML file with the sections of RunConfig.
@@ -25,12 +28,21 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
         ConfigurationError: naming the field, its value and the fix.
     """
     values = _read_yaml(path)
+    _resolve_paths(values, REPOSITORY)
     for override in overrides:
         _apply(values, override)
+    _resolve_paths(values, Path.cwd())
     try:
         return RunConfig.model_validate(values)
     except ValidationError as error:
         raise ConfigurationError(_explain(error, path)) from None
+
+
+def _resolve_paths(values: dict[str, Any], folder: Path) -> None:
+    """Makes the relative paths among the values absolute, in place."""
+    for section, field in PATH_FIELDS:
+        if isinstance(values.get(section), dict) and isinstance(values[section].get(field), str):
+            values[section] = {**values[section], field: str(folder / values[section][field])}
 
 
 def config_text(config: RunConfig) -> str:

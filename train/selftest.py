@@ -18,7 +18,7 @@ from checkpoints.engine_state import engine_fragments
 from checkpoints.records import Fragment
 from parallel.config import DecoderConfig, ModelConfig, ParallelConfig
 from parallel.cpu_adaptation import compute_device
-from parallel.inputs import MicroBatch, count_targets, prepare_inputs
+from parallel.inputs import MicroBatch, count_targets, target_mask
 from parallel.schedule import masked_loss
 from parallel.stage import build_stage
 from parallel.topology import initialize_topology
@@ -28,6 +28,7 @@ from train.metrics import global_loss_sums
 from train.optimizer import adamw
 from train.step import StepEngine
 
+WORLD_SIZES = (1, 2, 4, 8)
 NUM_STEPS = 5
 GLOBAL_BATCH = 8
 FP32_TOLERANCE = 1e-5
@@ -122,7 +123,7 @@ def baseline(config: ModelConfig) -> Trajectory:
     for step in range(NUM_STEPS):
         batch = selftest_batch(config, step)
         count = count_targets(config, batch.mask)
-        loss = masked_loss(stage(batch), prepare_inputs(config, batch).target_mask) / count
+        loss = masked_loss(stage(batch), target_mask(config, batch.mask)) / count
         optimizer.zero_grad()
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(stage.parameters(), OPTIMIZER.clip_gradient_norm)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from parallel.config import ModelConfig, ParallelConfig
-from parallel.inputs import MicroBatch, count_targets, prepare_inputs
+from parallel.inputs import MicroBatch, count_targets, target_mask
 from parallel.schedule import LossSums, loss_sums, masked_loss, run_schedule
 from parallel.stage import Stage
 from parallel.topology import sum_over_data_parallel
@@ -90,9 +90,9 @@ class StepEngine:
         for index, batch in enumerate(micro_batches):
             self.engine.set_gradient_accumulation_boundary(index == len(micro_batches) - 1)
             token_loss: Tensor = self.engine(batch)
-            target_mask = prepare_inputs(self.model, batch).target_mask
-            self.engine.backward(masked_loss(token_loss, target_mask) * scale, scale_wrt_gas=False)
-            sums += loss_sums(self.model, token_loss, target_mask)
+            valid = target_mask(self.model, batch.mask)
+            self.engine.backward(masked_loss(token_loss, valid) * scale, scale_wrt_gas=False)
+            sums += loss_sums(self.model, token_loss, valid)
         return sums
 
     def _update(self) -> float:

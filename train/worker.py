@@ -68,18 +68,14 @@ def train_rank(config: RunConfig, identity: ProcessIdentity) -> RankResult:
     Returns:
         How it ended; user errors are returned, not raised.
     """
-    _quiet_libraries()
-    identity.export()
-    # Imported here: they take seconds, and the identity and thread count must be set before.
+    prepare_process(identity, config.train.cpu_threads)
+    # Imported here: they take seconds, and the environment must be set before.
     import torch
 
     from parallel.topology import initialize_topology, start_process_group
     from train.rank_zero import USER_ERRORS
     from train.trainer import Ending, Trainer
 
-    if not torch.cuda.is_available():
-        cores = len(os.sched_getaffinity(0))
-        torch.set_num_threads(config.train.cpu_threads or max(1, cores // identity.local_world_size))
     try:
         start_process_group()
         outcome = Trainer(config, initialize_topology(config.parallel)).run()
@@ -91,6 +87,22 @@ def train_rank(config: RunConfig, identity: ProcessIdentity) -> RankResult:
     if identity.rank == 0:
         print(f"run {config.run.name}: {outcome.ending.value} at step {outcome.step}", flush=True)
     return RankResult(0 if outcome.ending is Ending.COMPLETE else STOPPED_STATUS)
+
+
+def prepare_process(identity: ProcessIdentity, cpu_threads: int | None = None) -> None:
+    """Sets up environment, threads and warnings; before anything imports Megatron-core or DeepSpeed.
+
+    Args:
+        identity: this process.
+        cpu_threads: threads on CPU; default: this process's share of the cores.
+    """
+    _quiet_libraries()
+    identity.export()
+    import torch
+
+    if not torch.cuda.is_available():
+        cores = len(os.sched_getaffinity(0))
+        torch.set_num_threads(cpu_threads or max(1, cores // identity.local_world_size))
 
 
 def _quiet_libraries() -> None:
