@@ -2,7 +2,6 @@
 
 import os
 import signal
-import socket
 import sys
 import time
 from collections.abc import Iterator
@@ -15,7 +14,7 @@ import submitit
 
 from checkpoints.store import CheckpointStore
 from parallel.errors import ConfigurationError
-from slurm.identity import identity_from_environment
+from slurm.identity import LOCAL_ADDRESS, free_port, identity_from_environment
 from train.config import RunConfig
 from train.run_directory import RunDirectory
 from train.streams import check_data
@@ -72,17 +71,10 @@ def is_complete(config: RunConfig, directory: RunDirectory) -> bool:
     return bool(steps) and steps[-1] >= config.train.last_step
 
 
-def free_port() -> int:
-    """A TCP port that is free on this machine now."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
-
-
 def run_submitit_task(config: RunConfig, port: int) -> RankResult:
     """One task of a Submitit job on one machine."""
     job = submitit.JobEnvironment()
-    identity = ProcessIdentity(job.global_rank, job.num_tasks, job.local_rank, job.num_tasks, "127.0.0.1", port)
+    identity = ProcessIdentity(job.global_rank, job.num_tasks, job.local_rank, job.num_tasks, LOCAL_ADDRESS, port)
     return train_rank(config, identity)
 
 
@@ -104,29 +96,28 @@ def _run_local(config: RunConfig, directory: RunDirectory) -> int:
 
 def _summarize(job: Any, received: signal.Signals | None) -> int:
     """Prints what went wrong, if anything, and gives the exit status."""
-    results = [_result(task) for task in (job.task(i) for i in range(job.num_tasks))]
-    for error in dict.fromkeys(result.error for result in results if result and result.error):
+    results = [_result(job.task(rank), rank) for rank in range(job.num_tasks)]
+    for error in dict.fromkeys(result.error for result in results if result.error):
         print(f"error: {error}", file=sys.stderr)
-    statuses = [result.status if result else CRASH_STATUS for result in results]
-    if USER_ERROR_STATUS in statuses:
-        return USER_ERROR_STATUS
-    for rank, result in enumerate(results):
-        if result is None:
-            print(f"error: rank {rank} died; its log is {job.task(rank).paths.stdout}", file=sys.stderr)
-    if CRASH_STATUS in statuses:
-        return CRASH_STATUS
+    statuses = {result.status for result in results}
+    for status in (USER_ERROR_STATUS, CRASH_STATUS):
+        if status in statuses:
+            return status
     if STOPPED_STATUS in statuses:
         print("stopped; the same command goes on from here", file=sys.stderr)
         return INTERRUPTED_STATUS if received is signal.SIGINT else STOPPED_STATUS
     return 0
 
 
-def _result(task: Any) -> RankResult | None:
-    """A task's result; None if it ended without one."""
+def _result(task: Any, rank: int) -> RankResult:
+    """How a task ended, also if it did not live to say so."""
     try:
         result: RankResult = task.result()
-    except (submitit.core.utils.UncompletedJobError, submitit.core.utils.FailedJobError):
-        return None
+    except submitit.core.utils.FailedJobError as error:
+        reason = str(error).strip().splitlines()[-1]
+        return RankResult(CRASH_STATUS, f"rank {rank} failed: {reason} (log: {task.paths.stdout})")
+    except submitit.core.utils.UncompletedJobError:
+        return RankResult(CRASH_STATUS, f"rank {rank} was killed (log: {task.paths.stdout})")
     return result
 
 

@@ -1,0 +1,56 @@
+"""Configuration files: bases, overrides and paths."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from parallel.errors import ConfigurationError
+from train.config import REPOSITORY
+from train.config_file import config_text, load_config
+
+QUICKSTART = REPOSITORY / "configs" / "quickstart.yaml"
+
+
+def test_resolved_text_loads_to_the_same_config(tmp_path: Path) -> None:
+    config = load_config(QUICKSTART, ["train.steps=700", "optimizer.learning_rate=1e-3"])
+    path = tmp_path / "resolved.yaml"
+    path.write_text(config_text(config))
+    assert load_config(path) == config
+    assert config.train.steps == 700
+    assert config.optimizer.learning_rate == 1e-3
+
+
+def test_base_is_merged_section_by_section(tmp_path: Path) -> None:
+    (tmp_path / "child.yaml").write_text(
+        yaml.safe_dump({"base": str(QUICKSTART), "run": {"name": "child"}, "model": {"block_decoder": {"num_layers": 5}}})
+    )
+    child, parent = load_config(tmp_path / "child.yaml"), load_config(QUICKSTART)
+    assert child.run.name == "child"
+    assert child.model.blocks.num_layers == 5
+    assert child.model.blocks.hidden_size == parent.model.blocks.hidden_size
+    assert child.train == parent.train
+
+
+def test_base_circle_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text("base: b.yaml")
+    (tmp_path / "b.yaml").write_text("base: a.yaml")
+    with pytest.raises(ConfigurationError, match="names itself as its base"):
+        load_config(tmp_path / "a.yaml")
+
+
+def test_relative_paths_start_at_the_repository_or_the_working_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = load_config(QUICKSTART)
+    assert config.data.path == REPOSITORY / "runs" / "quickstart-data" / "shards"
+    assert config.directory == REPOSITORY / "runs" / "quickstart"
+    moved = load_config(QUICKSTART, ["data.path=shards", "run.root=out"])
+    assert moved.data.path == tmp_path / "shards"
+    assert moved.directory == tmp_path / "out" / "quickstart"
+
+
+def test_several_mistakes_are_all_named() -> None:
+    with pytest.raises(ConfigurationError, match=r"train\.steps=-1.*unknown field optimizer\.lr"):
+        load_config(QUICKSTART, ["train.steps=-1", "optimizer.lr=1"])
