@@ -1,6 +1,7 @@
 """Which rank this process is, from the environment that torchrun or srun gives its processes."""
 
 import re
+import socket
 from collections.abc import Mapping
 
 from parallel.errors import ConfigurationError
@@ -74,3 +75,10 @@ def _first_node(environment: Mapping[str, str]) -> str:
             "first of `scontrol show hostnames`"
         )
     return first[1] + (first[2] or "")
+
+
+def free_port() -> int:
+    """A TCP port that is free on this machine now."""
+    with socket.socket() as listener:
+        listener.bind((LOCAL_ADDRESS, 0))
+        return int(listener.getsockname()[1])

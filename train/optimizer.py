@@ -1,5 +1,7 @@
 """AdamW inside a DeepSpeed ZeRO engine."""
 
+import contextlib
+import io
 import logging
 import os
 from typing import Any, Literal
@@ -81,13 +83,15 @@ def build_engine(
 ) -> Any:
     """Wraps a stage and its AdamW into a DeepSpeed engine (`DeepSpeedEngine`)."""
     deepspeed.utils.logger.setLevel(logging.WARNING)
-    engine, *_ = deepspeed.initialize(
-        model=stage,
-        optimizer=adamw(stage, optimizer),
-        config=deepspeed_settings(parallel, precision, micro_batch_size, optimizer.clip_gradient_norm),
-        mpu=DeepSpeedTopology(),
-        dist_init_required=False,
-    )
+    # DeepSpeed prints memory use and the operators it loads, whatever the level of its log.
+    with contextlib.redirect_stdout(io.StringIO()):
+        engine, *_ = deepspeed.initialize(
+            model=stage,
+            optimizer=adamw(stage, optimizer),
+            config=deepspeed_settings(parallel, precision, micro_batch_size, optimizer.clip_gradient_norm),
+            mpu=DeepSpeedTopology(),
+            dist_init_required=False,
+        )
     return engine
 
 
