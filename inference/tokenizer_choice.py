@@ -1,0 +1,48 @@
+"""Finds the tokenizer that a model was trained with."""
+
+from pathlib import Path
+
+from data.config import DataConfig
+from data.errors import DataError
+from data.manifest import read_manifest
+from data.tokenizer import Tokenizer, load_tokenizer
+from inference.errors import InferenceError
+from parallel.config import ModelConfig
+
+
+def tokenizer_of(model: ModelConfig, data: DataConfig, path: Path | None = None) -> Tokenizer:
+    """Loads the tokenizer of a trained model.
+
+    Args:
+        model: Settings of the model.
+        data: What it was trained on.
+        path: Tokenizer file to use instead of the one recorded there.
+
+    Raises:
+        InferenceError: The training data is gone, or the tokenizer has more tokens than the model.
+        DataError: The tokenizer cannot be read, or is not the one the training data was made with.
+    """
+    tokenizer = load_tokenizer(path) if path is not None else _recorded_tokenizer(data)
+    if tokenizer.vocab_size > model.vocab_size:
+        raise InferenceError(
+            f"tokenizer {tokenizer.path} has {tokenizer.vocab_size} tokens, the model knows {model.vocab_size}; "
+            "give the tokenizer the model was trained with (--tokenizer FILE)"
+        )
+    return tokenizer
+
+
+def _recorded_tokenizer(data: DataConfig) -> Tokenizer:
+    try:
+        manifest = read_manifest(data.path / "train")
+    except DataError:
+        raise InferenceError(
+            f"the model was trained on data.path={data.path}, which is not there now, so its tokenizer is unknown; "
+            "give it with --tokenizer FILE"
+        ) from None
+    tokenizer = load_tokenizer(data.tokenizer or data.path / manifest.tokenizer_file)
+    if tokenizer.fingerprint != manifest.tokenizer_fingerprint:
+        raise DataError(
+            f"tokenizer {tokenizer.path} is not the one the shards in {data.path} were made with; restore that, or "
+            "give it with --tokenizer FILE"
+        )
+    return tokenizer

@@ -1,0 +1,107 @@
+from fractions import Fraction
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from inference.errors import InferenceError
+from inference.sampling import Sampler, SamplingConfig, nucleus, sampling_config
+
+DRAWS = 20000
+# Upper 0.1 % quantiles of the chi-square distribution by degrees of freedom.
+CHI_SQUARE_LIMIT = {1: 10.83, 2: 13.82, 3: 16.27, 4: 18.47, 5: 20.52, 6: 22.46, 7: 24.32}
+
+
+def draw_counts(logits: torch.Tensor, config: SamplingConfig) -> np.ndarray:
+    """How often each token comes out of DRAWS rows of the same logits."""
+    tokens = Sampler(config, DRAWS).choose(logits.expand(DRAWS, -1))
+    return np.bincount(tokens.numpy(), minlength=logits.numel())
+
+
+def naive_nucleus(probabilities: np.ndarray, top_p: float) -> np.ndarray:
+    """The definition, token by token."""
+    kept = np.zeros_like(probabilities)
+    reached = 0.0
+    for token in sorted(range(len(probabilities)), key=lambda token: (-probabilities[token], token)):
+        if reached >= top_p:
+            break
+        kept[token] = probabilities[token]
+        reached += probabilities[token]
+    return kept / kept.sum()
+
+
+@pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.5, 1.0), (2.0, 1.0), (1.0, 0.7), (1.7, 0.95)])
+def test_draws_have_the_exact_distribution(temperature: float, top_p: float) -> None:
+    logits = torch.tensor([1.0, -0.5, 0.3, 2.0, 0.3, -2.0, 1.2, 0.0])
+    counts = draw_counts(logits, SamplingConfig(temperature=temperature, top_p=top_p, seed=3))
+    weights = np.exp(logits.double().numpy() / temperature)
+    expected = naive_nucleus(weights / weights.sum(), top_p) * DRAWS
+    allowed = expected > 0
+    assert not counts[~allowed].any()
+    statistic = float(((counts[allowed] - expected[allowed]) ** 2 / expected[allowed]).sum())
+    assert statistic < CHI_SQUARE_LIMIT[int(allowed.sum()) - 1]
+
+
+def test_successive_draws_of_a_sequence_have_the_exact_distribution() -> None:
+    logits = torch.tensor([[0.5, 0.2, 0.3]]).log()
+    sampler = Sampler(SamplingConfig(temperature=1.0, seed=1), 1)
+    tokens = np.array([int(sampler.choose(logits)) for _ in range(4000)])
+    expected = np.array([0.5, 0.2, 0.3])
+    counts = np.bincount(tokens, minlength=3)
+    assert ((counts - 4000 * expected) ** 2 / (4000 * expected)).sum() < CHI_SQUARE_LIMIT[2]
+    pairs = np.bincount(3 * tokens[:-1] + tokens[1:], minlength=9)
+    independent = 3999 * np.outer(expected, expected).ravel()
+    assert ((pairs - independent) ** 2 / independent).sum() < 29.6, "successive draws depend on each other"
+
+
+@given(
+    weights=st.lists(st.integers(1, 30), min_size=1, max_size=12),
+    top_p=st.fractions(min_value=Fraction(1, 97), max_value=1, max_denominator=97),
+)
+def test_the_nucleus_is_the_smallest_set(weights: list[int], top_p: Fraction) -> None:
+    """Rational probabilities decide exactly; a set that reaches top_p to the last digit is left to rounding."""
+    total = sum(weights)
+    order = sorted(range(len(weights)), key=lambda token: (-weights[token], token))
+    reached = [Fraction(sum(weights[token] for token in order[: n + 1]), total) for n in range(len(order))]
+    size = next(n for n, mass in enumerate(reached) if mass >= top_p) + 1
+    probabilities, ids = nucleus(torch.tensor([weights], dtype=torch.float64).log(), 1.0, float(top_p))
+    kept = int((probabilities > 0).sum())
+    assert kept == size or (top_p in reached and abs(kept - size) <= 1)
+    assert ids[0, :kept].tolist() == order[:kept]
+    torch.testing.assert_close(probabilities[0, :kept] * total, torch.tensor([weights]).double()[0, order[:kept]])
+
+
+def test_ties_go_to_the_lower_id_and_a_set_may_reach_top_p_exactly() -> None:
+    probabilities, ids = nucleus(torch.zeros(1, 8), 1.0, 0.25)
+    assert ids[0, probabilities[0] > 0].tolist() == [0, 1]
+    assert set(np.flatnonzero(draw_counts(torch.zeros(8), SamplingConfig(temperature=1.0, top_p=0.25)))) == {0, 1}
+    assert int(Sampler(SamplingConfig(), 1).choose(torch.tensor([[0.0, 2.0, 2.0]]))) == 1
+
+
+def test_a_low_temperature_or_a_small_nucleus_is_greedy() -> None:
+    logits = torch.tensor([1.0, 80.0, 79.0, -300.0])
+    for config in (SamplingConfig(temperature=1e-40), SamplingConfig(temperature=3.0, top_p=1e-6), SamplingConfig()):
+        assert draw_counts(logits, config).tolist() == [0, DRAWS, 0, 0]
+
+
+def test_the_seed_alone_decides() -> None:
+    logits = torch.zeros(6, 1000)
+    config = SamplingConfig(temperature=1.0, seed=4)
+    torch.manual_seed(0)
+    first = Sampler(config, 6).choose(logits)
+    torch.manual_seed(1)
+    assert torch.equal(Sampler(config, 6).choose(logits), first)
+    assert torch.equal(Sampler(config, 2).choose(logits[:2]), first[:2])
+    assert len(set(first.tolist())) == 6
+    other = Sampler(SamplingConfig(temperature=1.0, seed=5), 6).choose(logits)
+    assert not set(other.tolist()) & set(first.tolist())
+
+
+@pytest.mark.parametrize("bad", [{"temperature": -1.0}, {"temperature": float("nan")}, {"top_p": 0.0}, {"top_p": 1.5}])
+def test_bad_settings_are_one_sentence(bad: dict[str, float]) -> None:
+    name, value = next(iter(bad.items()))
+    with pytest.raises(InferenceError, match=f"^{name}={value} is not allowed: ") as caught:
+        sampling_config(**bad)
+    assert "\n" not in str(caught.value)

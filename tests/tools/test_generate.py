@@ -1,0 +1,135 @@
+"""tools/generate.py as a user runs it, on a small random model."""
+
+import runpy
+import subprocess
+import sys
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch.distributed
+
+from parallel.config import DecoderConfig, ModelConfig, ParallelConfig
+from parallel.stage import build_stage
+from parallel.topology import start_single_process
+from tests.inference.saved_model import save_model
+from tests.train.small_run import VOCABULARY, prepare_small_corpus
+
+SCRIPT = Path(__file__).resolve().parents[2] / "tools" / "generate.py"
+PROMPT = "It was a"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run of the script ended."""
+
+    status: int
+    output: str
+    errors: list[str]
+
+
+class Script:
+    """The script, run in this process: importing torch anew takes seconds."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+        self._monkeypatch = monkeypatch
+        self._capsys = capsys
+
+    def __call__(self, checkpoint: Path, *options: str, prompt: str = PROMPT, tokens: int = 12) -> Outcome:
+        arguments = ["--checkpoint", str(checkpoint), "--prompt", prompt, "--max-new-tokens", str(tokens), *options]
+        self._monkeypatch.setattr(sys, "argv", [str(SCRIPT), *arguments])
+        with warnings.catch_warnings(), pytest.raises(SystemExit) as ended:
+            warnings.simplefilter("default", UserWarning)
+            runpy.run_path(str(SCRIPT), run_name="__main__")
+        captured = self._capsys.readouterr()
+        return Outcome(int(ended.value.code or 0), captured.out, captured.err.splitlines())
+
+
+@pytest.fixture
+def generate(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Script:
+    return Script(monkeypatch, capsys)
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return prepare_small_corpus(tmp_path_factory.mktemp("corpus"))
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory: pytest.TempPathFactory, shards: Path) -> Iterator[Path]:
+    """A run with one checkpoint; its tables are larger than the tokenizer."""
+    stack = DecoderConfig(num_layers=1, hidden_size=32, num_attention_heads=4)
+    config = ModelConfig(
+        vocab_size=VOCABULARY + 128,
+        sequence_length=64,
+        block_decoder=stack,
+        token_decoder=stack,
+        initializer_std=0.4,
+    )
+    folder = tmp_path_factory.mktemp("run")
+    start_single_process()
+    try:
+        save_model(folder / "checkpoints", 9, build_stage(config, ParallelConfig()), {"path": str(shards)})
+    finally:
+        torch.distributed.destroy_process_group()
+    return folder
+
+
+def test_the_prompt_and_its_continuation(generate: Script, run_folder: Path) -> None:
+    first = generate(run_folder)
+    assert (first.status, first.errors) == (0, [])
+    assert first.output.startswith(PROMPT)
+    assert len(first.output) > len(PROMPT) + 6
+    assert generate(run_folder / "checkpoints" / "step_00000009") == first
+    shorter = generate(run_folder, tokens=5).output.removesuffix("\n")
+    assert shorter != PROMPT
+    assert first.output.startswith(shorter.rstrip("\N{REPLACEMENT CHARACTER}"))
+    drawn = [generate(run_folder, "--temperature", "1", "--top-p", "0.9", "--seed", seed) for seed in "112"]
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
+def test_from_another_folder_as_a_process(generate: Script, run_folder: Path, tmp_path: Path) -> None:
+    command = [sys.executable, SCRIPT, "--checkpoint", run_folder, "--prompt", PROMPT, "--max-new-tokens", "12"]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert (result.returncode, result.stdout, result.stderr) == (0, generate(run_folder).output, "")
+
+
+def test_beyond_the_trained_length_one_line_warns(generate: Script, run_folder: Path) -> None:
+    result = generate(run_folder, tokens=70)
+    assert result.status == 0
+    assert len(result.errors) == 1
+    assert result.errors[0].startswith("warning: prompt and new tokens")
+
+
+def test_mistakes_are_one_line_and_status_2(generate: Script, run_folder: Path, tmp_path: Path, shards: Path) -> None:
+    mistakes = {
+        "missing is not a folder": generate(tmp_path / "missing"),
+        "holds no checkpoint": generate(tmp_path),
+        "gives no token": generate(run_folder, prompt=""),
+        "max_new_tokens=-1": generate(run_folder, tokens=-1),
+        "temperature=-1.0 is not allowed": generate(run_folder, "--temperature", "-1"),
+        "top_p=0.0 is not allowed": generate(run_folder, "--top-p", "0"),
+        "none.model does not exist": generate(run_folder, "--tokenizer", str(tmp_path / "none.model")),
+    }
+    for expected, outcome in mistakes.items():
+        assert (outcome.status, outcome.output) == (2, ""), expected
+        assert len(outcome.errors) == 1, outcome.errors
+        assert outcome.errors[0].startswith("error: ")
+        assert expected in outcome.errors[0]
+
+
+def test_without_the_training_data_a_tokenizer_must_be_given(
+    generate: Script, run_folder: Path, shards: Path, tmp_path: Path
+) -> None:
+    expected = generate(run_folder)
+    moved = tmp_path / "moved"
+    shards.rename(moved)
+    try:
+        outcome = generate(run_folder)
+        assert (outcome.status, outcome.output, len(outcome.errors)) == (2, "", 1)
+        assert "give it with --tokenizer FILE" in outcome.errors[0]
+        assert generate(run_folder, "--tokenizer", str(moved / "tokenizer.model")) == expected
+    finally:
+        moved.rename(shards)
