@@ -10,7 +10,7 @@ quickstart := runs/quickstart-data
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help toolchain install pretrain test test-fast lint tensorboard clean
+.PHONY: help toolchain install pretrain test test-fast test-quickstart lint tensorboard clean
 
 help:
 	@echo "make install      create .venv and build what DeepSpeed needs on CPU"
@@ -54,14 +54,19 @@ $(quickstart)/shards/.complete: $(quickstart)/tokenizer.model $(corpus)/validati
 
 pretrain: $(extensions) $(quickstart)/shards/.complete
 	$(bin)/python tools/pretrain.py configs/quickstart.yaml
-	$(bin)/python tools/generate.py --checkpoint runs/quickstart --prompt "It was a" --max-new-tokens 64
+	$(bin)/python tools/evaluate_model.py --checkpoint runs/quickstart --json runs/quickstart/evaluation.json
+	$(bin)/python tools/generate.py --checkpoint runs/quickstart --prompt "It was a" --max-new-tokens 64 \
+	  --temperature 0.8 --top-p 0.95
 	@echo "Curves: make tensorboard, then open http://localhost:6006"
 
 test: $(extensions)
 	$(bin)/python -m pytest
 
 test-fast: $(extensions)
-	$(bin)/python -m pytest -m "not slow"
+	$(bin)/python -m pytest -m "not slow and not quickstart"
+
+test-quickstart: $(extensions)
+	$(bin)/python -m pytest -m quickstart tests/test_quickstart.py
 
 lint: $(environment)
 	$(bin)/ruff check .

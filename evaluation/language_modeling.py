@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from data.errors import DataError
 from data.stream import SequenceStream
 from parallel.inputs import MicroBatch, ModelInputs, prepare_inputs
 from parallel.schedule import LossSums, loss_sums
@@ -63,7 +64,15 @@ def evaluate_language_modeling(
         stream: validation sequences.
         num_sequences: at most this many, at most one epoch.
         batch_size: sequences per forward pass; at least 2, so that contexts can be exchanged.
+
+    Raises:
+        DataError: there is not one whole batch.
     """
+    if batch_size < 2 or min(num_sequences, stream.sequences_per_epoch) < batch_size:
+        raise DataError(
+            f"batch size {batch_size} must be at least 2 and at most the {min(num_sequences, stream.sequences_per_epoch)}"
+            " sequences that are evaluated; change --batch-size or --sequences"
+        )
     config = stage.model_config
     device = next(stage.parameters()).device
     normal, shuffled = LossSums.zero(config, device), LossSums.zero(config, device)
