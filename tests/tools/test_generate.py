@@ -40,8 +40,7 @@ class Script:
     def __call__(self, checkpoint: Path, *options: str, prompt: str = PROMPT, tokens: int = 12) -> Outcome:
         arguments = ["--checkpoint", str(checkpoint), "--prompt", prompt, "--max-new-tokens", str(tokens), *options]
         self._monkeypatch.setattr(sys, "argv", [str(SCRIPT), *arguments])
-        with warnings.catch_warnings(), pytest.raises(SystemExit) as ended:
-            warnings.simplefilter("default", UserWarning)
+        with warnings.catch_warnings(action="default", category=UserWarning), pytest.raises(SystemExit) as ended:
             runpy.run_path(str(SCRIPT), run_name="__main__")
         captured = self._capsys.readouterr()
         return Outcome(int(ended.value.code or 0), captured.out, captured.err.splitlines())
