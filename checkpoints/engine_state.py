@@ -116,9 +116,7 @@ def load_weights(module: torch.nn.Module, reader: FragmentReader) -> None:
         for name, parameter in module.named_parameters():
             shard = parameter_shard(parameter)
             _check_shape(reader, name, shard)
-            values = reader.read(
-                name, "weight", split_axis=shard.axis, split_start=shard.start, split_stop=shard.stop
-            )
+            values = reader.read(name, "weight", split_axis=shard.axis, split_start=shard.start, split_stop=shard.stop)
             parameter.copy_(values.view(shard.local_shape))
 
 

@@ -47,7 +47,7 @@ class LanguageModeling:
             harm = self.shuffled_context_loss - self.loss
             positions = " ".join(f"{value:.4f}" for value in self.loss_by_position)
             lines += [
-                f"with shuffled contexts {self.shuffled_context_loss:.4f} ({harm:+.4f}: what the block decoder is worth)",
+                f"with shuffled contexts {self.shuffled_context_loss:.4f} ({harm:+.4f}, the block decoder's worth)",
                 f"by position in block   {positions}",
             ]
         return lines
@@ -68,10 +68,11 @@ def evaluate_language_modeling(
     Raises:
         DataError: there is not one whole batch.
     """
-    if batch_size < 2 or min(num_sequences, stream.sequences_per_epoch) < batch_size:
+    available = min(num_sequences, stream.sequences_per_epoch)
+    if not 2 <= batch_size <= available:
         raise DataError(
-            f"batch size {batch_size} must be at least 2 and at most the {min(num_sequences, stream.sequences_per_epoch)}"
-            " sequences that are evaluated; change --batch-size or --sequences"
+            f"batch size {batch_size} must be at least 2 and at most the {available} sequences that are evaluated; "
+            "change --batch-size or --sequences"
         )
     config = stage.model_config
     device = next(stage.parameters()).device

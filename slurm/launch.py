@@ -23,8 +23,11 @@ from train.worker import INTERACTIVE, STOPPED_STATUS, USER_ERROR_STATUS, Process
 Launcher = Literal["auto", "local", "inline"]
 LAUNCHERS: tuple[Launcher, ...] = ("auto", "local", "inline")
 CRASH_STATUS = 1
+KILLED_STATUS = 137
 INTERRUPTED_STATUS = 130
 POLL_SECONDS = 0.2
+TRACE_RULE = "----------------------"  # what Submitit 1.5 puts around the traceback of a failed task
+RESEND_SECONDS = 3.0
 # Submitit's local executor ends a job at its time limit; a run has none.
 NO_LIMIT_MINUTES = 60 * 24 * 365
 
@@ -38,7 +41,7 @@ def launch(config: RunConfig, launcher: Launcher) -> int:
             `inline` inside such a job and `local` elsewhere.
 
     Returns:
-        Exit status: 0 complete, 2 a user's mistake, 130 or 143 stopped after saving, 1 a crash.
+        Exit status: 0 complete, 2 a user's mistake, 130 or 143 stopped after saving, 1 a crash, 137 a killed rank.
 
     Raises:
         ConfigurationError: the run cannot be started; before any process is.
@@ -90,23 +93,22 @@ def _run_local(config: RunConfig, directory: RunDirectory) -> int:
     with _stop_signals() as forwarder:
         job = executor.submit(run_submitit_task, config, free_port())
         forwarder.watch(job)
-        _stream_log(job)
+        _stream_log(job, forwarder)
     return _summarize(job, forwarder.received)
 
 
 def _summarize(job: Any, received: signal.Signals | None) -> int:
     """Prints what went wrong, if anything, and gives the exit status."""
     results = [_result(job.task(rank), rank) for rank in range(job.num_tasks)]
+    statuses = {result.status for result in results}
+    if received and statuses <= {STOPPED_STATUS, KILLED_STATUS}:
+        saved = STOPPED_STATUS in statuses
+        print("stopped; the same command goes on from here" if saved else "stopped at the start", file=sys.stderr)
+        return INTERRUPTED_STATUS if received is signal.SIGINT else STOPPED_STATUS
     for error in dict.fromkeys(result.error for result in results if result.error):
         print(f"error: {error}", file=sys.stderr)
-    statuses = {result.status for result in results}
-    for status in (USER_ERROR_STATUS, CRASH_STATUS):
-        if status in statuses:
-            return status
-    if STOPPED_STATUS in statuses:
-        print("stopped; the same command goes on from here", file=sys.stderr)
-        return INTERRUPTED_STATUS if received is signal.SIGINT else STOPPED_STATUS
-    return 0
+    worst_first = (USER_ERROR_STATUS, CRASH_STATUS, KILLED_STATUS, STOPPED_STATUS)
+    return next((status for status in worst_first if status in statuses), 0)
 
 
 def _result(task: Any, rank: int) -> RankResult:
@@ -114,10 +116,11 @@ def _result(task: Any, rank: int) -> RankResult:
     try:
         result: RankResult = task.result()
     except submitit.core.utils.FailedJobError as error:
-        reason = str(error).strip().splitlines()[-1]
+        trace = str(error).split(TRACE_RULE)[1].strip()
+        reason = trace.splitlines()[-1]
         return RankResult(CRASH_STATUS, f"rank {rank} failed: {reason} (log: {task.paths.stdout})")
     except submitit.core.utils.UncompletedJobError:
-        return RankResult(CRASH_STATUS, f"rank {rank} was killed (log: {task.paths.stdout})")
+        return RankResult(KILLED_STATUS, f"rank {rank} was killed (log: {task.paths.stdout})")
     return result
 
 
@@ -146,28 +149,35 @@ def _prepare_environment(config: RunConfig) -> None:
 
 
 class _StopForwarder:
-    """Passes stop signals on to the job, once each; the job saves and leaves."""
+    """Passes a stop signal on to the job, which saves and leaves.
+
+    It is sent again now and then: one that arrives while the ranks are starting would be lost, and further ones change
+    nothing.
+    """
 
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
         self._job: Any = None
+        self._sent = 0.0
 
     def watch(self, job: Any) -> None:
         """From now on signals go to this job, also one that came before."""
         self._job = job
         signal.signal(signal.SIGINT, self.handle)
-        if self.received:
-            self._forward()
+        self.forward()
 
     def handle(self, number: int, _frame: FrameType | None) -> None:
         """Signal handler."""
         if self.received is None:
             print("\nstopping: saving a checkpoint first, please wait", file=sys.stderr, flush=True)
         self.received = signal.Signals(number)
-        self._forward()
+        self.forward()
 
-    def _forward(self) -> None:
-        if self._job is not None and not self._job.done():
+    def forward(self) -> None:
+        """Sends a received signal to the job, unless that was done a moment ago."""
+        due = time.monotonic() - self._sent > RESEND_SECONDS
+        if self.received and due and self._job is not None and not self._job.done():
+            self._sent = time.monotonic()
             self._job._process.send_signal(signal.SIGTERM)
 
 
@@ -191,10 +201,11 @@ def _stop_signals() -> Iterator[_StopForwarder]:
             signal.signal(number, handler)
 
 
-def _stream_log(job: Any) -> None:
+def _stream_log(job: Any, forwarder: "_StopForwarder") -> None:
     """Copies rank 0's log as it grows, until the job has ended."""
     path = job.task(0).paths.stdout if job.num_tasks > 1 else job.paths.stdout
     while not path.exists() and not job.done():
+        forwarder.forward()
         time.sleep(POLL_SECONDS)
     if not path.exists():
         return
@@ -206,4 +217,5 @@ def _stream_log(job: Any) -> None:
                 sys.stdout.buffer.flush()
             if ended:
                 return
+            forwarder.forward()
             time.sleep(POLL_SECONDS)

@@ -30,8 +30,8 @@ from tools.command_line import run
 def parse_arguments() -> argparse.Namespace:
     """Reads the command line."""
     parser = argparse.ArgumentParser(
-        description="Prints the loss on held-out text beside the unigram entropy of the same tokens, and what it becomes "
-        "when sequences are given each other's context embeddings."
+        description="Prints the loss on held-out text beside the unigram entropy of the same tokens, and what it "
+        "becomes when sequences are given each other's context embeddings."
     )
     add = parser.add_argument
     add("--checkpoint", type=Path, required=True, metavar="DIR", help="run folder (newest step) or one step folder")

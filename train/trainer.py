@@ -52,14 +52,20 @@ class Trainer:
     Args:
         config: the run.
         place: this process's place in the layout.
+        signals: watched since before, so that one that comes during start-up is not lost.
         after_step: called on every rank after each step with the number of steps done.
     """
 
     def __init__(
-        self, config: RunConfig, place: Coordinates, after_step: Callable[[int], None] = lambda step: None
+        self,
+        config: RunConfig,
+        place: Coordinates,
+        signals: StopSignals,
+        after_step: Callable[[int], None] = lambda step: None,
     ) -> None:
         self.config = config
         self.place = place
+        self.signals = signals
         self.after_step = after_step
         self.directory = RunDirectory(config)
         on_rank_zero(self.directory.open)
@@ -78,17 +84,15 @@ class Trainer:
             CheckpointError: a checkpoint cannot be written.
             DataError: a shard cannot be read.
         """
-        signals = StopSignals()
         try:
             while self.progress.step < self.config.train.last_step:
-                stop = self._step(signals)
+                stop = self._step()
                 self._validate_if_due()
                 self._save_if_due(stop)
                 if stop:
                     return Outcome(Ending.STOPPED, self.progress.step)
             return Outcome(Ending.COMPLETE, self.progress.step)
         finally:
-            signals.restore()
             self._close()
 
     def _build(self, checkpoint: LoadedCheckpoint | None) -> None:
@@ -133,7 +137,7 @@ class Trainer:
     def _monitor(self) -> Monitor:
         return Monitor(self.config, self.directory.tensorboard, self.progress.step + 1, self.meter)
 
-    def _step(self, signals: StopSignals) -> bool:
+    def _step(self) -> bool:
         """Takes one optimizer step; returns whether all ranks agree to stop after it."""
         config, progress = self.config, self.progress
         step = progress.step + 1
@@ -148,7 +152,7 @@ class Trainer:
         batches = read_micro_batches(self.stream, progress.consumed_sequences, rows, compute_device())
         self.meter.data_ready()
         result = self.engine.train(batches, rate)
-        sums, stop = agree(result.sums, signals.received is not None)
+        sums, stop = agree(result.sums, self.signals.received is not None)
         self.meter.end_step(config.tokens_per_step)
         loss = mean_loss(sums)
         self.progress = replace(

@@ -7,6 +7,7 @@ import warnings
 from dataclasses import dataclass
 
 from train.config import RunConfig
+from train.stop_signals import StopSignals
 
 INTERACTIVE = "BLOCK_TRANSFORMER_INTERACTIVE"  # set to 1 by the launcher when a person watches the terminal
 STOPPED_STATUS = 143
@@ -68,6 +69,7 @@ def train_rank(config: RunConfig, identity: ProcessIdentity) -> RankResult:
     Returns:
         How it ended; user errors are returned, not raised.
     """
+    signals = StopSignals()
     prepare_process(identity, config.train.cpu_threads)
     # Imported here: they take seconds, and the environment must be set before.
     import torch
@@ -78,12 +80,13 @@ def train_rank(config: RunConfig, identity: ProcessIdentity) -> RankResult:
 
     try:
         start_process_group()
-        outcome = Trainer(config, initialize_topology(config.parallel)).run()
+        outcome = Trainer(config, initialize_topology(config.parallel), signals).run()
     except USER_ERRORS as error:
         return RankResult(USER_ERROR_STATUS, str(error))
     finally:
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
+        signals.restore()
     if identity.rank == 0:
         print(f"run {config.run.name}: {outcome.ending.value} at step {outcome.step}", flush=True)
     return RankResult(0 if outcome.ending is Ending.COMPLETE else STOPPED_STATUS)

@@ -5,9 +5,11 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 import yaml
 
@@ -117,6 +119,42 @@ def test_signal_saves_and_resumes(config_file: Path, number: signal.Signals) -> 
     resumed = pretrain(config_file, *arguments, f"train.stop_step={steps[0] + 2}")
     assert resumed.returncode == 0, resumed.stderr
     assert f"resuming run small at step {steps[0]}" in resumed.stdout
+
+
+@pytest.mark.parametrize("delay", [0.5, 3.0])
+def test_signal_during_start_is_not_lost(config_file: Path, delay: float) -> None:
+    """Only the command itself gets the signal, as from `kill PID`, while its processes are still starting."""
+    process = subprocess.Popen(
+        [*COMMAND, str(config_file), "train.steps=20000"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    time.sleep(delay)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode in (143, -signal.SIGTERM), errors
+    assert "Traceback" not in errors
+
+
+def test_a_killed_rank_ends_the_job_with_its_name(config_file: Path) -> None:
+    process = subprocess.Popen(
+        [*COMMAND, str(config_file), "train.steps=20000", "logging.every=50"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("step 50/"):
+            break
+    controller = next(child for child in psutil.Process(process.pid).children() if child.children())
+    sorted(controller.children(), key=lambda rank: rank.pid)[1].kill()
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert "error: rank 1 was killed" in errors
+    assert "error: rank 0 failed: RuntimeError" in errors
 
 
 def test_two_writers_on_one_run_are_refused(config_file: Path) -> None:

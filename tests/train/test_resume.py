@@ -19,6 +19,7 @@ from parallel.topology import initialize_topology
 from tests.processes import run_processes
 from tests.train.small_run import prepare_small_corpus, small_run
 from train.config import RunConfig
+from train.stop_signals import StopSignals
 from train.trainer import Ending, Trainer
 
 Interruption = tuple[int, int, signal.Signals]  # after which step, which rank, by which signal
@@ -63,7 +64,7 @@ def train(config: RunConfig, interruption: Interruption | None) -> tuple[str, in
         if interruption and (step, place.rank) == interruption[:2]:
             os.kill(os.getpid(), interruption[2])
 
-    trainer = Trainer(config, place, after_step)
+    trainer = Trainer(config, place, StopSignals(), after_step)
     record = config.directory / f"samples_{place.rank}.jsonl"
     trainer.stream = RecordingStream(trainer.stream, record)  # type: ignore[assignment]
     outcome = trainer.run()
