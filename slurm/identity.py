@@ -5,7 +5,7 @@ import socket
 from collections.abc import Mapping
 
 from parallel.errors import ConfigurationError
-from train.worker import ProcessIdentity
+from train.process import ProcessIdentity
 
 LOCAL_ADDRESS = "127.0.0.1"
 DEFAULT_PORT = 29500

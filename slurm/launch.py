@@ -16,9 +16,10 @@ from checkpoints.store import CheckpointStore
 from parallel.errors import ConfigurationError
 from slurm.identity import LOCAL_ADDRESS, free_port, identity_from_environment
 from train.config import RunConfig
+from train.process import INTERACTIVE, STOPPED_STATUS, USER_ERROR_STATUS, ProcessIdentity, RankResult
 from train.run_directory import RunDirectory
 from train.streams import check_data
-from train.worker import INTERACTIVE, STOPPED_STATUS, USER_ERROR_STATUS, ProcessIdentity, RankResult, train_rank
+from train.worker import train_rank
 
 Launcher = Literal["auto", "local", "inline"]
 LAUNCHERS: tuple[Launcher, ...] = ("auto", "local", "inline")

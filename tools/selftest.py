@@ -19,7 +19,7 @@ import os
 from parallel.errors import ConfigurationError
 from slurm.identity import LOCAL_ADDRESS, free_port, identity_from_environment
 from tools.command_line import USER_ERROR_STATUS, run
-from train.worker import ProcessIdentity, prepare_process
+from train.process import ProcessIdentity, prepare_process
 
 
 def main() -> int:

@@ -14,8 +14,8 @@ from tqdm import tqdm
 from train.config import RunConfig
 from train.config_file import config_text
 from train.metrics import MeanLoss
+from train.process import INTERACTIVE
 from train.throughput import SpeedMeter
-from train.worker import INTERACTIVE
 
 
 def peak_memory_bytes() -> int:

@@ -2,7 +2,7 @@ import pytest
 
 from parallel.errors import ConfigurationError
 from slurm.identity import identity_from_environment
-from train.worker import ProcessIdentity
+from train.process import ProcessIdentity
 
 STEP = {"SLURM_PROCID": "9", "SLURM_NTASKS": "20", "SLURM_LOCALID": "1", "SLURM_STEP_ID": "0", "SLURM_NODEID": "1"}
 TWO_NODES = {**STEP, "SLURM_STEP_NUM_NODES": "2", "SLURM_STEP_NODELIST": "gpu[03-04]", "SLURM_JOB_ID": "123456"}

@@ -22,9 +22,8 @@ def test_resolved_text_loads_to_the_same_config(tmp_path: Path) -> None:
 
 
 def test_base_is_merged_section_by_section(tmp_path: Path) -> None:
-    (tmp_path / "child.yaml").write_text(
-        yaml.safe_dump({"base": str(QUICKSTART), "run": {"name": "child"}, "model": {"block_decoder": {"num_layers": 5}}})
-    )
+    own = {"run": {"name": "child"}, "model": {"block_decoder": {"num_layers": 5}}}
+    (tmp_path / "child.yaml").write_text(yaml.safe_dump({"base": str(QUICKSTART), **own}))
     child, parent = load_config(tmp_path / "child.yaml"), load_config(QUICKSTART)
     assert child.run.name == "child"
     assert child.model.blocks.num_layers == 5
