@@ -94,7 +94,7 @@ def _output_cost(name: str, config: ModelConfig) -> PieceCost:
 def balanced_cuts(costs: list[float], stages: int) -> list[range]:
     """Cuts a list into contiguous non-empty slices so that the most expensive slice is as cheap as possible.
 
-    Ties are broken towards even slice lengths at the front, so that the result is unique.
+    Ties go to the earliest cut, from the last stage backwards, so that the result is unique.
 
     Args:
         costs: non-negative cost of each piece.

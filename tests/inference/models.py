@@ -1,6 +1,6 @@
 """Small random models whose greedy text is not trivial."""
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ def small_config(architecture: Literal["block", "vanilla"] = "block", length: in
     """Unequal widths in the two decoders; initial weights large enough for logits that differ."""
     wide = DecoderConfig(num_layers=2, hidden_size=32, num_attention_heads=4)
     narrow = DecoderConfig(num_layers=1, hidden_size=16, num_attention_heads=2)
-    shape = {"vocab_size": VOCAB_SIZE, "sequence_length": 32, "initializer_std": 0.6}
+    shape: dict[str, Any] = {"vocab_size": VOCAB_SIZE, "sequence_length": 32, "initializer_std": 0.6}
     if architecture == "vanilla":
         return ModelConfig(architecture="vanilla", decoder=wide, **shape)
     return ModelConfig(block_length=length, prefix_length=prefix, block_decoder=wide, token_decoder=narrow, **shape)

@@ -134,7 +134,7 @@ def test_impossible_requests_are_explained() -> None:
     with pytest.raises(InferenceError, match="pipeline=1"):
         Generator(half, 0)
     damaged = small_stage(small_config())
-    torch.nn.init.constant_(damaged.piece("token_decoder.output").norm.bias, torch.nan)  # type: ignore[arg-type]
+    torch.nn.init.constant_(damaged.get_parameter("token_decoder.output.norm.bias"), torch.nan)
     with pytest.raises(InferenceError, match="not finite"):
         Generator(damaged, PAD_ID).generate([[1]], 4)
 

@@ -4,7 +4,6 @@ import runpy
 import subprocess
 import sys
 import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -57,7 +56,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def run_folder(tmp_path_factory: pytest.TempPathFactory, shards: Path) -> Iterator[Path]:
+def run_folder(tmp_path_factory: pytest.TempPathFactory, shards: Path) -> Path:
     """A run with one checkpoint; its tables are larger than the tokenizer."""
     stack = DecoderConfig(num_layers=1, hidden_size=32, num_attention_heads=4)
     config = ModelConfig(
@@ -91,7 +90,7 @@ def test_the_prompt_and_its_continuation(generate: Script, run_folder: Path) -> 
 
 def test_from_another_folder_as_a_process(generate: Script, run_folder: Path, tmp_path: Path) -> None:
     command = [sys.executable, SCRIPT, "--checkpoint", run_folder, "--prompt", PROMPT, "--max-new-tokens", "12"]
-    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    result = subprocess.run(list(map(str, command)), cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert (result.returncode, result.stdout, result.stderr) == (0, generate(run_folder).output, "")
 
 
