@@ -74,7 +74,7 @@ def _block_inputs(config: ModelConfig, batch: MicroBatch) -> ModelInputs:
     return ModelInputs(
         token_ids=blocks,
         global_mask=_causal_mask(batch.mask.view_as(blocks).any(dim=2)),
-        local_mask=_local_mask(config, valid),
+        local_mask=_local_mask(config, valid, num_sequences=len(blocks)),
         targets=_targets(config, batch.token_ids),
         target_mask=valid,
     )
@@ -112,10 +112,13 @@ def _causal_mask(valid: Tensor) -> Tensor | None:
     return (allowed | (empty & itself))[:, None]
 
 
-def _local_mask(config: ModelConfig, target_mask: Tensor) -> Tensor | None:
-    """Causal attention inside each block [rows, L]: prefix and real earlier tokens; None when all tokens are real."""
+def _local_mask(config: ModelConfig, target_mask: Tensor, num_sequences: int) -> Tensor | None:
+    """Causal attention inside each block [rows, L]: prefix and real earlier tokens; None when all tokens are real.
+
+    The last row of each sequence has no target, so it does not matter what it attends to.
+    """
     tokens = target_mask[:, :-1]
-    if bool(tokens.all()):
+    if bool(tokens[:-num_sequences].all()):
         return None
     prefix = tokens.new_ones(tokens.shape[0], config.prefix_length)
     keys = torch.cat((prefix, tokens), dim=1)
