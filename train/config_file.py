@@ -102,7 +102,7 @@ def _explain(error: ValidationError, path: Path) -> str:
 def _sentence(location: tuple[int | str, ...], item: Any) -> str:
     name = ".".join(map(str, location))
     if item["type"] == "extra_forbidden":
-        nearest = difflib.get_close_matches(name, list(_field_names(RunConfig)), n=1, cutoff=0.0)
+        nearest = difflib.get_close_matches(name, list(field_names(RunConfig)), n=1, cutoff=0.0)
         return f"unknown field {name}; the nearest is {nearest[0]}"
     if item["type"] == "missing":
         return f"{name} is missing; set it in the file or with {name}=VALUE"
@@ -112,7 +112,7 @@ def _sentence(location: tuple[int | str, ...], item: Any) -> str:
     return f"{name}={item['input']!r} is not allowed: {message[0].lower()}{message[1:]}"
 
 
-def _field_names(model: type[BaseModel], prefix: str = "") -> dict[str, None]:
+def field_names(model: type[BaseModel], prefix: str = "") -> dict[str, None]:
     """Dotted names of all fields of a settings model, sections included, in order."""
     names: dict[str, None] = {}
     for name, field in model.model_fields.items():
@@ -120,5 +120,5 @@ def _field_names(model: type[BaseModel], prefix: str = "") -> dict[str, None]:
         kinds = [field.annotation, *getattr(field.annotation, "__args__", ())]
         for kind in kinds:
             if isinstance(kind, type) and issubclass(kind, BaseModel):
-                names |= _field_names(kind, f"{prefix}{name}.")
+                names |= field_names(kind, f"{prefix}{name}.")
     return names

@@ -53,6 +53,7 @@ def train_paper_model(*overrides: str, gpu: bool) -> dict[str, object]:
     return report
 
 
+@pytest.mark.slow
 def test_probe_and_comparison_on_cpu(tmp_path: Path) -> None:
     values, metadata = probe("tiny", tmp_path / "cpu.safetensors", gpu=False)
     assert metadata == {"device": "cpu", "backend": "gloo"}
@@ -62,6 +63,7 @@ def test_probe_and_comparison_on_cpu(tmp_path: Path) -> None:
         assert [line.partition(":")[0] for line in differences(values, changed)] == [name]
 
 
+@pytest.mark.slow
 def test_speed_measurement_on_cpu() -> None:
     stack = "{num_layers: 1, hidden_size: 32, num_attention_heads: 4}"
     shrunken = [f"model.{part}={stack}" for part in ("block_decoder", "token_decoder")]

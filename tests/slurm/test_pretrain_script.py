@@ -165,6 +165,7 @@ def test_parameters_of_its_config() -> None:
     assert "processes: 16" in result.stdout.splitlines()
 
 
+@pytest.mark.slow
 def test_a_shrunken_run_and_its_resumption(tmp_path: Path, cluster: Path) -> None:
     arguments = shrunken(tmp_path, prepare_small_corpus(tmp_path))
     first = start(*arguments, "train.stop_step=1", path=cluster, **JOB)

@@ -20,6 +20,7 @@ def comparison(**differences: float) -> Comparison:
     return replace(Comparison(case, loss=1e-7, norm=1e-7, gradient=1e-7, weight=1e-7, worst="a.weight"), **differences)
 
 
+@pytest.mark.slow
 def test_under_torchrun(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     result = subprocess.run(
@@ -45,6 +46,7 @@ def test_alone_with_an_unknown_case(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.slow
 def test_a_failed_case_is_status_1(tmp_path: Path) -> None:
     """No layout reproduces another's rounding, so without tolerance it fails."""
     program = (

@@ -1,0 +1,118 @@
+"""Bugs to plant, each with the tests that must turn red."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+PARITY = "tests/train/test_parity.py::test_parity[2]"
+RESUME = "tests/train/test_resume.py::test_stop_at_the_exact_end_of_an_epoch"
+GOLDEN = "tests/parallel/test_golden.py::test_block_logits_and_losses"
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """One bug.
+
+    Attributes:
+        name: what is wrong, in words.
+        file: path in the repository.
+        old: text that occurs once in the file.
+        new: what replaces it.
+        tests: pytest selection, as small as may be.
+    """
+
+    name: str
+    file: str
+    old: str
+    new: str
+    tests: str
+
+    def mutate(self, text: str) -> str:
+        """The file's text with the bug in it.
+
+        Raises:
+            ValueError: the old text is not there exactly once.
+        """
+        if text.count(self.old) != 1:
+            raise ValueError(f"{self.name}: {self.file} has the text {text.count(self.old)} times:\n{self.old}")
+        return text.replace(self.old, self.new)
+
+
+MUTATIONS = (
+    Mutation(
+        "no all-reduce of norm gradients under sequence parallelism",
+        "parallel/stage.py",
+        "            parameter.register_hook(sum_over_tensor_parallel)\n",
+        "            pass\n",
+        PARITY,
+    ),
+    Mutation(
+        "no division by data-parallel size (gradients too large by it)",
+        "train/step.py",
+        "scale = self.parallel.data / count",
+        "scale = self.parallel.data * self.parallel.data / count",
+        PARITY,
+    ),
+    Mutation(
+        "division by data-parallel size twice",
+        "train/step.py",
+        "scale = self.parallel.data / count",
+        "scale = 1.0 / count",
+        PARITY,
+    ),
+    Mutation(
+        "token count per rank instead of global",
+        "train/step.py",
+        "return int(sum_over_data_parallel(torch.stack(counts).sum()))",
+        "return self.parallel.data * max(1, int(torch.stack(counts).sum()))",
+        PARITY,
+    ),
+    Mutation(
+        "replicated parameters counted twice in the gradient norm",
+        "parallel/topology.py",
+        "return int(parallel_state.get_tensor_model_parallel_rank())",
+        "return 0",
+        PARITY,
+    ),
+    Mutation(
+        "Adam moments not restored",
+        "checkpoints/engine_state.py",
+        "            part.view(target).copy_(values)\n",
+        '            if kind == "weight":\n                part.view(target).copy_(values)\n',
+        RESUME,
+    ),
+    Mutation(
+        "data cursor off by one after resume",
+        "train/checkpointing.py",
+        'return Progress(**checkpoint.metadata["progress"])',
+        'recorded = checkpoint.metadata["progress"]\n'
+        '    return Progress(**{**recorded, "consumed_sequences": recorded["consumed_sequences"] + 1})',
+        RESUME,
+    ),
+    Mutation(
+        "prefix positions off by one (both prefix vectors at position 0)",
+        "parallel/layers.py",
+        "angles = torch.arange(length, dtype=torch.float32, device=device)[:, None] * frequencies",
+        "positions = (torch.arange(length, dtype=torch.float32, device=device) - 1).clamp(min=0)\n"
+        "    angles = positions[:, None] * frequencies",
+        GOLDEN,
+    ),
+    Mutation(
+        "prefix positions off by one (the first token predicted one position early)",
+        "parallel/pieces.py",
+        "return hidden[:, self.first_output :]",
+        "return hidden[:, self.first_output - 1 : -1]",
+        GOLDEN + "[main_prefix_b4-nopad]",
+    ),
+    Mutation(
+        "causal mask off by one block",
+        "parallel/inputs.py",
+        "    if bool(valid.all()):\n"
+        "        return None\n"
+        "    size = valid.shape[1]\n"
+        "    causal = torch.ones(size, size, dtype=torch.bool, device=valid.device).tril()\n",
+        "    size = valid.shape[1]\n"
+        "    causal = torch.ones(size, size, dtype=torch.bool, device=valid.device).tril(1)\n",
+        "tests/parallel/test_no_leak.py",
+    ),
+)
