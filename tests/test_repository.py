@@ -144,5 +144,10 @@ def test_no_notes_to_self() -> None:
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("**/*.yaml")), ids=relative)
-def test_shipped_configs_load(path: Path) -> None:
-    assert isinstance(yaml.safe_load(path.read_text()), dict)
+def test_shipped_configs_can_run(path: Path, tmp_path: Path) -> None:
+    """From another folder, since paths in a configuration start at the repository."""
+    command = [sys.executable, ROOT / "tools" / "pretrain.py", path, "--dry-run"]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert re.search(r"^parameters: \d+$", result.stdout, flags=re.MULTILINE)
+    assert yaml.safe_load(result.stdout.partition("\n\n")[0])["run"]["root"] == str(ROOT / "runs")

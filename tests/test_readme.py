@@ -1,0 +1,172 @@
+"""Every command of README.md works: taken from its `sh` blocks and run in a copy of the repository.
+
+Long ones get overrides that make them short; what only a cluster has is checked as far as it goes without one. A
+command that stands in the README and not here fails, and so does one that stands here only.
+"""
+
+import json
+import lzma
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import tokenizers
+import zstandard
+
+from parallel.extensions import use_extension_cache
+from tests.mutations.run import copy_repository
+from tests.train.small_run import EXAMPLES
+
+ROOT = Path(__file__).resolve().parents[1]
+PYTHON = ".venv/bin/python"
+PAPER_CONFIG = "configs/paper/block_main_b4_1.2b.yaml"
+SHORT_RUN = " train.steps=2 optimizer.warmup_steps=1 validation.sequences=8"
+
+
+def commands() -> list[str]:
+    blocks = re.findall(r"^```sh\n(.*?)^```", (ROOT / "README.md").read_text(), flags=re.MULTILINE | re.DOTALL)
+    return [line for block in blocks for line in block.splitlines() if line.strip()]
+
+
+def bash(command: str, workspace: Path) -> str:
+    result = subprocess.run(["bash", "-c", command], cwd=workspace, capture_output=True, text=True, timeout=600)
+    assert result.returncode == 0, f"{command}\n{result.stdout}{result.stderr}"
+    return result.stdout
+
+
+def target(command: str, workspace: Path) -> None:
+    """Only asks make what it would do: these targets install, run for long, or serve until interrupted."""
+    assert command.startswith("make ")
+    assert bash(command + " --dry-run", workspace)
+
+
+def run(command: str, workspace: Path) -> None:
+    bash(command, workspace)
+
+
+def run_shortened(command: str, workspace: Path) -> None:
+    assert "complete at step 2" in bash(command + SHORT_RUN, workspace)
+
+
+def run_one_case(command: str, workspace: Path) -> None:
+    assert "1 of 1 cases passed" in bash(command + " --cases 'ZeRO 3, micro-batch'", workspace)
+
+
+def show_help(command: str, workspace: Path) -> None:
+    """The part behind srun and its options; srun itself needs a cluster."""
+    assert command.startswith("srun --")
+    assert "usage: selftest.py" in bash(command[command.index(PYTHON) :] + " --help", workspace)
+
+
+def check_job(command: str, workspace: Path) -> None:
+    """The script is one that sbatch takes, and its configuration with these overrides is one that can run."""
+    words = shlex.split(command)
+    script = next(word for word in words[1:] if not word.startswith("--"))
+    overrides = words[words.index(script) + 1 :]
+    bash(f"bash -n {script}", workspace)
+    assert (workspace / script).read_text().startswith("#!/usr/bin/env bash\n")
+    assert "parameters: " in bash(
+        shlex.join([PYTHON, "tools/pretrain.py", PAPER_CONFIG, *overrides, "--dry-run"]), workspace
+    )
+
+
+PREPARE = f"{PYTHON} tools/prepare_data.py --input"
+COVERAGE: dict[str, Callable[[str, Path], None]] = {
+    "make pretrain": target,  # tests/test_quickstart.py runs it
+    "make tensorboard": target,
+    "make install": target,
+    "make test-fast": target,
+    "make test": target,
+    "make lint": target,
+    "make mutations": target,
+    f'{PYTHON} tools/generate.py --checkpoint runs/quickstart --prompt "It was a" --max-new-tokens 64 '
+    "--temperature 0.8": run,
+    f"{PYTHON} tools/evaluate_model.py --checkpoint runs/quickstart": run,
+    f"{PYTHON} tools/pretrain.py configs/quickstart.yaml --dry-run": run,
+    f"{PYTHON} tools/train_tokenizer.py --input corpus/train.jsonl.zst --vocab-size 4096 "
+    "--output runs/mine/tokenizer.model": run,
+    f"{PREPARE} corpus/train.jsonl.zst --validation-input corpus/validation.jsonl.zst "
+    "--tokenizer runs/mine/tokenizer.model --output runs/mine/shards": run,
+    f"{PYTHON} tools/pretrain.py configs/quickstart.yaml run.name=mine-1 data.path=runs/mine/shards "
+    "model.block_decoder.num_layers=4": run_shortened,
+    ".venv/bin/torchrun --standalone --nproc-per-node 2 tools/selftest.py": run_one_case,
+    f"srun --nodes=1 --ntasks-per-node=8 --gpus-per-node=8 {PYTHON} tools/selftest.py": show_help,
+    f"{PREPARE} pile/train-*.jsonl.zst --validation-input pile/validation.jsonl.zst "
+    "--tokenizer tokenizer.json --output runs/pile/shards": run,
+    f"{PYTHON} tools/pretrain.py {PAPER_CONFIG} --dry-run": run,
+    "sbatch slurm/pretrain_block_1b.sh": check_job,
+    "sbatch --nodes=4 --partition=gpu slurm/pretrain_block_1b.sh parallel.tensor=2 "
+    "parallel.sequence_parallel=true": check_job,
+}
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the repository with the files that the commands speak of, and a quickstart run of two steps."""
+    folder = tmp_path_factory.mktemp("readme") / "repository"
+    copy_repository(folder)
+    use_extension_cache()  # the copy must not build DeepSpeed's op again
+    link_environment(folder / ".venv" / "bin")
+    write_corpus(folder)
+    quickstart = folder / "runs" / "quickstart-data"
+    bash(
+        f"{PREPARE} corpus/train.jsonl.zst --validation-input corpus/validation.jsonl.zst --tokenizer tokenizer.json "
+        f"--output {quickstart}/shards",
+        folder,
+    )
+    bash(f"{PYTHON} tools/pretrain.py configs/quickstart.yaml" + SHORT_RUN, folder)
+    return folder
+
+
+def link_environment(folder: Path) -> None:
+    """Programs that start those of this environment; links would change the paths that an operator is built with."""
+    folder.mkdir(parents=True)
+    for name in ("python", "torchrun"):
+        program = folder / name
+        program.write_text(f'#!/bin/sh\nexec "{sys.prefix}/bin/{name}" "$@"\n')
+        program.chmod(0o755)
+
+
+def write_corpus(folder: Path) -> None:
+    with lzma.open(EXAMPLES / "validation.jsonl.xz", "rt", encoding="utf-8") as books:
+        text = json.loads(next(books))["text"]
+    for name, part in (
+        ("corpus/train", text[:200_000]),
+        ("corpus/validation", text[-20_000:]),
+        ("pile/train-0", text[:2_000]),
+        ("pile/train-1", text[2_000:4_000]),
+        ("pile/validation", text[-2_000:]),
+    ):
+        path = folder / f"{name}.jsonl.zst"
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(zstandard.compress(json.dumps({"text": part}).encode()))
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=512, special_tokens=["<|endoftext|>"], initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator([text[:50_000]], trainer)
+    tokenizer.save(str(folder / "tokenizer.json"))
+
+
+def test_every_command_is_covered() -> None:
+    assert sorted(set(commands())) == sorted(COVERAGE)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", commands())
+def test_command(command: str, workspace: Path) -> None:
+    COVERAGE[command](command, workspace)
+
+
+def test_links_lead_somewhere() -> None:
+    for document in ("README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "docs/testing.md"):
+        path = ROOT / document
+        for link in re.findall(r"\]\(([^)#]+)", path.read_text()):
+            assert link.startswith("https://") or (path.parent / link).exists(), f"{document}: {link}"
