@@ -35,7 +35,6 @@ def adapt_megatron_to_cpu() -> None:
     if torch.cuda.is_available():
         return
     torch.cuda.current_device = lambda: torch.device("cpu")  # type: ignore[assignment,return-value]
-    torch.cuda.synchronize = lambda device=None: None
 
 
 @contextlib.contextmanager
