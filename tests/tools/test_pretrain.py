@@ -93,6 +93,7 @@ def test_existing_run_with_another_config_is_refused(finished: tuple[Path, str])
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_signal_saves_and_resumes(config_file: Path, number: signal.Signals) -> None:
     """Signals the whole process group, as Ctrl-C in a terminal and a batch system do."""
@@ -121,6 +122,7 @@ def test_signal_saves_and_resumes(config_file: Path, number: signal.Signals) -> 
     assert f"resuming run small at step {steps[0]}" in resumed.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("delay", [0.5, 3.0])
 def test_signal_during_start_is_not_lost(config_file: Path, delay: float) -> None:
     """Only the command itself gets the signal, as from `kill PID`, while its processes are still starting."""
@@ -138,6 +140,7 @@ def test_signal_during_start_is_not_lost(config_file: Path, delay: float) -> Non
     assert "Traceback" not in errors
 
 
+@pytest.mark.slow
 def test_a_killed_rank_ends_the_job_with_its_name(config_file: Path) -> None:
     process = subprocess.Popen(
         [*COMMAND, str(config_file), "train.steps=20000", "logging.every=50"],
@@ -157,6 +160,7 @@ def test_a_killed_rank_ends_the_job_with_its_name(config_file: Path) -> None:
     assert "error: rank 0 failed: RuntimeError" in errors
 
 
+@pytest.mark.slow
 def test_two_writers_on_one_run_are_refused(config_file: Path) -> None:
     arguments = [str(config_file), "train.steps=20000", "logging.every=50"]
     first = subprocess.Popen([*COMMAND, *arguments], stdout=subprocess.PIPE, text=True, start_new_session=True)
@@ -245,6 +249,7 @@ def resumable(finished: tuple[Path, str], tmp_path: Path) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_damaged_checkpoints_are_refused_not_restarted(resumable: Path) -> None:
     steps = sorted((run_folder(resumable) / "checkpoints").glob("step_*"))
     assert len(steps) == 1
@@ -255,6 +260,7 @@ def test_damaged_checkpoints_are_refused_not_restarted(resumable: Path) -> None:
     assert steps[0].is_dir(), "nothing was removed"
 
 
+@pytest.mark.slow
 def test_changed_shards_under_a_run_are_refused(resumable: Path, tmp_path: Path) -> None:
     folder = tmp_path / "other"
     folder.mkdir()
@@ -277,6 +283,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
         subprocess.run(["umount", str(folder)], check=True)
 
 
+@pytest.mark.slow
 def test_full_disk_while_saving(config_file: Path, small_disk: Path) -> None:
     """The first checkpoint fits, a later one does not: the run ends with the reason and the first stays usable."""
     result = pretrain(config_file, f"run.root={small_disk}", "checkpoint.every=1", "checkpoint.keep_last=50")

@@ -101,6 +101,7 @@ def samples(config: RunConfig) -> list[str]:
     return sorted(set(lines), key=lambda line: json.loads(line)[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_interrupted_run_equals_undisturbed_run(tmp_path: Path, shards: Path, precision: str) -> None:
     settings = {"train": {"precision": precision}}
@@ -139,6 +140,7 @@ def test_stop_at_the_exact_end_of_an_epoch(tmp_path: Path, shards: Path) -> None
     assert scalars(interrupted, "train/loss") == scalars(undisturbed, "train/loss")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "layout",
     [
