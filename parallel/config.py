@@ -40,7 +40,7 @@ class DecoderConfig(BaseModel):
 class ModelConfig(BaseModel):
     """A Block Transformer (paper section 2) or the vanilla GPT-NeoX baseline."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     architecture: Literal["block", "vanilla"] = Field(
         default="block", description="`block`: embedder, block decoder, token decoder. `vanilla`: GPT-NeoX baseline."

@@ -1,7 +1,7 @@
 """What each piece of the model costs: forward FLOPs, parameters; and the pipeline cut that balances them.
 
 One multiply-add counts as two FLOPs; attention is counted in full, not halved for causality. Norms, softmax, rotary
-positions and other element-wise work are not counted (paper_facts of the formula: C = 12 n D^2 and so on, doubled).
+positions and other element-wise work are not counted.
 """
 
 from dataclasses import dataclass

@@ -1,7 +1,7 @@
 """Initial weights, a pure function of (seed, parameter name): alike for every tensor, pipeline and data layout.
 
-As the reference (paper_facts, section 5): matrices and tables N(0, 0.02), biases 0, norms 1 and 0, and the expansion of
-context embeddings N(0, D^-0.5), so that prefix vectors start at unit scale.
+As the paper's reference code: matrices and tables N(0, 0.02), biases 0, norms 1 and 0, and the expansion of context
+embeddings N(0, D^-0.5), so that prefix vectors start at unit scale.
 """
 
 import hashlib

@@ -26,7 +26,7 @@ class RunSection(BaseModel):
 class OptimizerConfig(BaseModel):
     """AdamW and its learning-rate schedule: linear warm-up, then cosine."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     learning_rate: float = Field(gt=0.0, description="Peak learning rate.")
     minimum_ratio: float = Field(

@@ -1,6 +1,8 @@
 """Reads a run's YAML file, applies `section.field=value` overrides, and reports mistakes in one sentence each."""
 
 import difflib
+import math
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -42,12 +44,13 @@ def _resolve_paths(values: dict[str, Any], folder: Path) -> None:
     """Makes the relative paths among the values absolute, in place."""
     for section, field in PATH_FIELDS:
         if isinstance(values.get(section), dict) and isinstance(values[section].get(field), str):
-            values[section] = {**values[section], field: str(folder / values[section][field])}
+            path = os.path.expanduser(values[section][field])  # a shell leaves the ~ of data.path=~/shards alone
+            values[section] = {**values[section], field: str(folder / path)}
 
 
 def config_text(config: RunConfig) -> str:
-    """The configuration as YAML, with all defaults filled in."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+    """The configuration as YAML, with all defaults filled in; each value stands on one line."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, width=math.inf)
 
 
 def _read_yaml(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
@@ -102,14 +105,22 @@ def _explain(error: ValidationError, path: Path) -> str:
 def _sentence(location: tuple[int | str, ...], item: Any) -> str:
     name = ".".join(map(str, location))
     if item["type"] == "extra_forbidden":
-        nearest = difflib.get_close_matches(name, list(field_names(RunConfig)), n=1, cutoff=0.0)
-        return f"unknown field {name}; the nearest is {nearest[0]}"
+        return f"unknown field {name}; the nearest is {_nearest_field(name)}"
     if item["type"] == "missing":
         return f"{name} is missing; set it in the file or with {name}=VALUE"
     message = item["msg"].removeprefix("Value error, ")
     if item["type"] == "value_error":
         return f"{name}: {message}" if name else message
     return f"{name}={item['input']!r} is not allowed: {message[0].lower()}{message[1:]}"
+
+
+def _nearest_field(name: str) -> str:
+    """The field of that name in another section, or else the most similar one in the same section."""
+    known = list(field_names(RunConfig))
+    section, _, leaf = name.rpartition(".")
+    elsewhere = [field for field in known if field.rpartition(".")[2] == leaf]
+    siblings = {field.rpartition(".")[2]: field for field in known if field.rpartition(".")[0] == section}
+    return (elsewhere or [siblings[match] for match in difflib.get_close_matches(leaf, siblings, n=1, cutoff=0.0)])[0]
 
 
 def field_names(model: type[BaseModel], prefix: str = "") -> dict[str, None]:

@@ -6,7 +6,7 @@ from train.config import OptimizerConfig
 
 
 def learning_rate(config: OptimizerConfig, step: int, total_steps: int) -> float:
-    """Linear warm-up from 0, then cosine down to minimum_ratio of the peak (paper_facts: DeepSpeed WarmupCosineLR).
+    """Linear warm-up from 0, then cosine down to minimum_ratio of the peak, as in the paper.
 
     Args:
         config: peak, warm-up and final ratio.

@@ -53,3 +53,36 @@ def test_relative_paths_start_at_the_repository_or_the_working_directory(
 def test_several_mistakes_are_all_named() -> None:
     with pytest.raises(ConfigurationError, match=r"train\.steps=-1.*unknown field optimizer\.lr"):
         load_config(QUICKSTART, ["train.steps=-1", "optimizer.lr=1"])
+
+
+@pytest.mark.parametrize(
+    ("override", "nearest"),
+    [
+        ("train.learning_rate=1", "optimizer.learning_rate"),
+        ("optimizer.lr=1", "optimizer.learning_rate"),
+        ("parallel.tensors=2", "parallel.tensor"),
+        ("model.block_decoder.layers=2", "model.block_decoder.num_layers"),
+        ("trainer.steps=3", "train"),
+    ],
+)
+def test_unknown_fields_get_a_field_as_hint(override: str, nearest: str) -> None:
+    with pytest.raises(ConfigurationError, match=rf"the nearest is {nearest}$"):
+        load_config(QUICKSTART, [override])
+
+
+@pytest.mark.parametrize("name", ["optimizer.learning_rate", "optimizer.clip_gradient_norm", "model.rotary_base"])
+def test_infinite_numbers_are_refused(name: str) -> None:
+    with pytest.raises(ConfigurationError, match=f"{name}=inf is not allowed: input should be a finite number"):
+        load_config(QUICKSTART, [f"{name}=.inf"])
+
+
+def test_home_folder_is_understood(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert load_config(QUICKSTART, ["data.path=~/shards"]).data.path == tmp_path / "shards"
+
+
+def test_resolved_text_keeps_long_paths_on_one_line(tmp_path: Path) -> None:
+    """The Slurm script reads it line by line."""
+    path = tmp_path / ("a folder " * 20)
+    text = config_text(load_config(QUICKSTART, [f"data.path={path}"]))
+    assert str(path).strip() in text.replace("'", "")
