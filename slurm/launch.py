@@ -5,10 +5,10 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 
 import submitit
 
@@ -75,24 +75,33 @@ def is_complete(config: RunConfig, directory: RunDirectory) -> bool:
     return bool(steps) and steps[-1] >= config.train.last_step
 
 
-def run_submitit_task(config: RunConfig, port: int) -> RankResult:
-    """One task of a Submitit job on one machine."""
+def run_submitit_task(config: RunConfig, port: int, visible_gpus: str | None = None) -> RankResult:
+    """One task of a Submitit job on one machine.
+
+    Args:
+        config: the run.
+        port: where the tasks meet.
+        visible_gpus: the launcher's CUDA_VISIBLE_DEVICES; Submitit would give the machine's first GPUs instead.
+    """
+    if visible_gpus is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = visible_gpus
     job = submitit.JobEnvironment()
     identity = ProcessIdentity(job.global_rank, job.num_tasks, job.local_rank, job.num_tasks, LOCAL_ADDRESS, port)
     return train_rank(config, identity)
 
 
 def _run_local(config: RunConfig, directory: RunDirectory) -> int:
-    executor = submitit.LocalExecutor(folder=directory.submitit)
+    num_gpus = _visible_gpus(config.parallel.world_size)
+    executor = submitit.LocalExecutor(folder=directory.new_attempt())
     executor.update_parameters(
         tasks_per_node=config.parallel.world_size,
-        gpus_per_node=_visible_gpus(config.parallel.world_size),
+        gpus_per_node=num_gpus,
         timeout_min=NO_LIMIT_MINUTES,
         stderr_to_stdout=True,
     )
     _prepare_environment(config)
     with _stop_signals() as forwarder:
-        job = executor.submit(run_submitit_task, config, free_port())
+        job = executor.submit(run_submitit_task, config, free_port(), os.environ.get("CUDA_VISIBLE_DEVICES"))
         forwarder.watch(job)
         _stream_log(job, forwarder)
     return _summarize(job, forwarder.received)
@@ -169,10 +178,12 @@ class _StopForwarder:
 
     def handle(self, number: int, _frame: FrameType | None) -> None:
         """Signal handler."""
-        if self.received is None:
-            print("\nstopping: saving a checkpoint first, please wait", file=sys.stderr, flush=True)
+        first = self.received is None
         self.received = signal.Signals(number)
         self.forward()
+        if first:
+            with suppress(OSError):  # the terminal may be gone
+                print("\nstopping: saving a checkpoint first, please wait", file=sys.stderr, flush=True)
 
     def forward(self) -> None:
         """Sends a received signal to the job, unless that was done a moment ago."""
@@ -213,10 +224,19 @@ def _stream_log(job: Any, forwarder: "_StopForwarder") -> None:
     with path.open("rb") as log:
         while True:
             ended = job.done()
-            while block := log.read(1 << 16):
-                sys.stdout.buffer.write(block)
-                sys.stdout.buffer.flush()
+            _copy(log, forwarder)
             if ended:
                 return
             forwarder.forward()
             time.sleep(POLL_SECONDS)
+
+
+def _copy(log: BinaryIO, forwarder: "_StopForwarder") -> None:
+    """Copies what is there; if nobody reads it any more, the job is stopped as by a hang-up, not left behind."""
+    while block := log.read(1 << 16):
+        try:
+            sys.stdout.buffer.write(block)
+            sys.stdout.buffer.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            forwarder.handle(signal.SIGHUP, None)

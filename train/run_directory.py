@@ -1,11 +1,18 @@
 """A run's folder: its configuration, the lock of its one writer, and where everything goes.
 
 `runs/<name>/` holds config.yaml (resolved, of the latest attempt), checkpoints/ (step directories of the checkpoint
-store), tensorboard/ (events), logs/ (of batch jobs) and submitit/ (job files, one log per process).
+store), tensorboard/ (events), logs/ (of batch jobs) and submitit/ (a folder per attempt: job files,
+one log per process).
 """
 
+import errno
 import fcntl
 import os
+import secrets
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -28,6 +35,8 @@ CHANGEABLE = (
     "checkpoint.",
     "logging.",
 )
+# Some cluster file systems have no locks; there the user must not start the same run twice.
+NO_LOCKS = frozenset({errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK})
 
 
 class RunDirectory:
@@ -47,11 +56,12 @@ class RunDirectory:
         """Checks that this configuration may go on with the run that is there, if any.
 
         Raises:
-            ConfigurationError: the run was made with other settings; lists them.
+            ConfigurationError: the run was made with other settings, which are listed, or its record of them is
+                damaged.
         """
         if not self._config_file.is_file():
             return
-        there = _flatten(yaml.safe_load(self._config_file.read_text(encoding="utf-8")))
+        there = _flatten(self._recorded())
         here = _flatten(yaml.safe_load(config_text(self.config)))
         changed = [
             f"{name} is {there.get(name)!r} there and {here.get(name)!r} here"
@@ -64,6 +74,32 @@ class RunDirectory:
                 "choose another run.name or restore these values"
             )
 
+    def _recorded(self) -> dict[str, Any]:
+        try:
+            values = yaml.safe_load(self._config_file.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, yaml.YAMLError):
+            values = None
+        if not isinstance(values, dict):
+            raise ConfigurationError(
+                f"{self._config_file} cannot be read as YAML; restore it, or delete it if you are sure that the run "
+                "was made with this config"
+            )
+        return values
+
+    def new_attempt(self) -> Path:
+        """Makes a folder for the job files of one attempt.
+
+        Submitit names files by process id, which come again, in containers at every start: one folder would mix up
+        the logs and results of different attempts.
+
+        Raises:
+            ConfigurationError: the folder cannot be written.
+        """
+        with self._writing():
+            folder = self.submitit / f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(4)}"
+            folder.mkdir(parents=True)
+        return folder
+
     def open(self) -> None:
         """Makes the folder, claims the run for this process until it ends, and records the configuration.
 
@@ -71,7 +107,7 @@ class RunDirectory:
             ConfigurationError: the folder cannot be written, another process is writing the run, or it was made with
                 other settings.
         """
-        try:
+        with self._writing():
             for folder in (self.checkpoints, self.tensorboard, self.logs, self.submitit):
                 folder.mkdir(parents=True, exist_ok=True)
             self._claim()
@@ -79,6 +115,11 @@ class RunDirectory:
             temporary = self._config_file.with_suffix(".tmp")
             write_durably(temporary, config_text(self.config))
             os.replace(temporary, self._config_file)
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
         except OSError as error:
             raise ConfigurationError(
                 f"run folder {self.path} cannot be written: {error.strerror}; change run.root or free space"
@@ -95,6 +136,9 @@ class RunDirectory:
                 f"run {self.config.run.name} is being written by another job ({owner or 'unknown process'}); "
                 "stop that job, or choose another run.name"
             ) from None
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
         os.ftruncate(lock, 0)
         os.pwrite(lock, f"process {os.getpid()} on {os.uname().nodename}\n".encode(), 0)
         self._lock = lock

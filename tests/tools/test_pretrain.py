@@ -11,9 +11,11 @@ from pathlib import Path
 
 import psutil
 import pytest
+import submitit
 import yaml
 
 from checkpoints.store import CheckpointStore
+from slurm.launch import run_submitit_task
 from tests.train.small_run import prepare_small_corpus, small_run
 from train.config_file import config_text
 
@@ -72,6 +74,19 @@ def test_local_launcher_trains_to_the_end(finished: tuple[Path, str]) -> None:
     assert yaml.safe_load((folder / "config.yaml").read_text())["train"]["steps"] == 14
 
 
+def test_the_users_choice_of_gpus_reaches_the_ranks(
+    finished: tuple[Path, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Submitit's local executor would give every job the machine's first GPUs."""
+    job = next(run_folder(finished[0]).glob("submitit/*/*_submitted.pkl"))
+    submission = submitit.core.utils.DelayedSubmission.load(job)
+    assert submission.args[-1] == os.environ["CUDA_VISIBLE_DEVICES"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    with pytest.raises(RuntimeError, match="which environment the job"):
+        run_submitit_task(*submission.args[:-1], "2,3")
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "2,3"
+
+
 def test_second_start_reports_completion_and_changes_nothing(finished: tuple[Path, str]) -> None:
     config_file, _ = finished
     before = {path: path.stat().st_mtime_ns for path in run_folder(config_file).rglob("*")}
@@ -120,6 +135,28 @@ def test_signal_saves_and_resumes(config_file: Path, number: signal.Signals) -> 
     resumed = pretrain(config_file, *arguments, f"train.stop_step={steps[0] + 2}")
     assert resumed.returncode == 0, resumed.stderr
     assert f"resuming run small at step {steps[0]}" in resumed.stdout
+    attempts = list((run_folder(config_file) / "submitit").iterdir())
+    assert [len(list(attempt.glob("*_0_log.out"))) for attempt in attempts] == [1, 1]
+
+
+@pytest.mark.slow
+def test_a_reader_that_goes_away_stops_the_run(config_file: Path) -> None:
+    """As in `tools/pretrain.py CONFIG | head`: the ranks must not train on unseen."""
+    arguments = ["train.steps=20000", "checkpoint.every=100000", "logging.every=1"]
+    process = subprocess.Popen(
+        [*COMMAND, str(config_file), *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    assert process.stderr is not None
+    for line in process.stdout:
+        if line.startswith("step 3/"):
+            break
+    process.stdout.close()
+    errors = process.stderr.read()
+    assert process.wait(timeout=120) == 143, errors
+    assert "Traceback" not in errors
+    assert "the same command goes on from here" in errors
+    assert CheckpointStore(run_folder(config_file) / "checkpoints").complete_steps()
 
 
 @pytest.mark.slow
@@ -209,6 +246,13 @@ def test_dry_run_prints_split_and_total_and_writes_nothing(config_file: Path) ->
 def test_bad_settings(config_file: Path, overrides: list[str], parts: list[str]) -> None:
     assert_one_clear_error(pretrain(config_file, *overrides), *parts)
     assert not run_folder(config_file).exists()
+
+
+def test_a_run_folder_that_cannot_be_written_or_read(config_file: Path) -> None:
+    assert_one_clear_error(pretrain(config_file, "run.root=/proc/runs"), "/proc/runs", "change run.root")
+    run_folder(config_file).mkdir(parents=True)
+    (run_folder(config_file) / "config.yaml").write_text("model: [")
+    assert_one_clear_error(pretrain(config_file), "config.yaml cannot be read as YAML")
 
 
 def test_missing_and_unreadable_config(tmp_path: Path) -> None:
