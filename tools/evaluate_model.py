@@ -44,7 +44,9 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     """Loads the model and prints the results."""
     arguments = parse_arguments()
-    trained = find_trained_model(arguments.checkpoint)
+    trained = find_trained_model(arguments.checkpoint.absolute())
+    for step, reason in trained.skipped:
+        print(f"warning: step {step} is skipped: {reason}", file=sys.stderr)
     stream = SequenceStream(
         trained.data,
         "validation",
@@ -59,7 +61,14 @@ def main() -> None:
     print(f"step {trained.step} of {trained.path.parent.parent.name}")
     print("\n".join(result.lines()))
     if arguments.json is not None:
-        arguments.json.write_text(json.dumps({"step": trained.step, **asdict(result)}, indent=1) + "\n")
+        _write(arguments.json, json.dumps({"step": trained.step, **asdict(result)}, indent=1) + "\n")
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise ConfigurationError(f"--json {path} cannot be written: {error.strerror}; name another file") from None
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Speed against the hardware: tokens per second, TFLOP/s by our own per-module count, MFU on known devices."""
 
+import re
 import time
 from dataclasses import dataclass
 
@@ -11,6 +12,8 @@ from parallel.costs import forward_flops_per_token
 # Dense bf16 tensor-core peaks in TFLOP/s, from the vendor's data sheets; an unknown device gets no MFU.
 PEAK_TFLOPS = {
     "A100": 312.0,
+    "GH200": 989.0,
+    "H100 NVL": 835.0,
     "H100 PCIe": 756.0,
     "H100": 989.0,
     "H200": 989.0,
@@ -38,8 +41,8 @@ def device_peak_tflops() -> float | None:
     """Dense bf16 peak of this process's GPU, if it is in the table."""
     if not torch.cuda.is_available():
         return None
-    name = torch.cuda.get_device_name()
-    matches = [key for key in PEAK_TFLOPS if all(part in name for part in key.split())]
+    words = re.split(r"[\s-]", torch.cuda.get_device_name())
+    matches = [key for key in PEAK_TFLOPS if all(part in words for part in key.split())]
     return PEAK_TFLOPS[max(matches, key=len)] if matches else None
 
 

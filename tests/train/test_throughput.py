@@ -31,7 +31,10 @@ def test_speed_is_tokens_and_flops_over_the_time_of_steps(monkeypatch: pytest.Mo
         ("NVIDIA H100 80GB HBM3", 989.0),
         ("NVIDIA H100 PCIe", 756.0),
         ("NVIDIA A100-SXM4-40GB", 312.0),
+        ("NVIDIA H100 NVL", 835.0),
         ("NVIDIA H200", 989.0),
+        ("NVIDIA GH200 480GB", 989.0),
+        ("NVIDIA RTX A1000 Laptop GPU", None),
         ("Some Future GPU", None),
     ],
 )
