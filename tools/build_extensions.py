@@ -30,6 +30,7 @@ def build_communication_op() -> str:
         What happened, in words.
 
     Raises:
+        OSError: The cache cannot be written.
         RuntimeError: The compiler failed.
     """
     from deepspeed.accelerator import get_accelerator
@@ -56,7 +57,7 @@ def main() -> int:
         return 2
     try:
         outcome = build_communication_op()
-    except RuntimeError as error:
+    except (OSError, RuntimeError) as error:
         print(f"error: building DeepSpeed's CPU op in {directory} failed: {error}", file=sys.stderr)
         return 2
     print(f"DeepSpeed extensions: {outcome}")

@@ -62,3 +62,12 @@ def test_building_without_a_compiler_is_one_line(tmp_path: Path) -> None:
     assert result.returncode == 2
     assert result.stderr.splitlines() == [line for line in result.stderr.splitlines() if line.startswith("error: g++")]
     assert "apt-get install g++" in result.stderr
+
+
+def test_a_cache_that_cannot_be_written_is_one_line() -> None:
+    script = REPOSITORY_ROOT / "tools" / "build_extensions.py"
+    environment = os.environ | {"TORCH_EXTENSIONS_DIR": "/proc/cache", "DS_ACCELERATOR": "cpu"}
+    result = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True)
+    assert result.returncode == 2
+    assert "Traceback" not in result.stderr
+    assert "error: building DeepSpeed's CPU op in /proc/cache failed" in result.stderr.splitlines()[-1]
