@@ -39,9 +39,10 @@ class LanguageModeling:
     def lines(self) -> list[str]:
         """The results for a person."""
         gain = self.unigram_entropy - self.loss
+        side = "below" if gain >= 0 else "above"
         lines = [
             f"validation loss        {self.loss:.4f} nats per token over {self.targets:,} tokens",
-            f"unigram entropy        {self.unigram_entropy:.4f} ({gain:+.4f} above the loss)",
+            f"unigram entropy        {self.unigram_entropy:.4f} (the loss is {abs(gain):.4f} {side} it)",
         ]
         if self.shuffled_context_loss is not None:
             harm = self.shuffled_context_loss - self.loss

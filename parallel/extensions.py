@@ -15,7 +15,13 @@ import time
 from importlib.metadata import version
 from pathlib import Path
 
+from parallel.errors import ConfigurationError
+
 REPOSITORY_ROOT = Path(__file__).resolve().parents[1]
+BUILD_TOOLS = {
+    "g++": "install the package g++ (apt-get install g++)",
+    "ninja": "install the package ninja (pip install ninja)",
+}
 # On a shared file system the builder may run on another machine, where its open files cannot be seen.
 SHARED_LOCK_AGE_SECONDS = 600.0
 LOCAL_FILE_SYSTEMS = frozenset({"btrfs", "ext2", "ext3", "ext4", "overlay", "tmpfs", "xfs", "zfs"})
@@ -40,6 +46,26 @@ def use_extension_cache() -> Path:
         if not directory.is_dir():
             print(f"warning: no extension cache at {directory}: {error.strerror}", file=sys.stderr)
     return directory
+
+
+def check_communication_op() -> None:
+    """Makes sure that DeepSpeed can load its CPU communication op: it is built already, or can be.
+
+    Raises:
+        ConfigurationError: it is not built, and a tool to build it is missing.
+    """
+    directory = use_extension_cache()
+    tool = find_missing_tool()
+    if tool is not None and not any(directory.glob("*shm_comm*/*.so")):
+        raise ConfigurationError(
+            f"DeepSpeed's CPU op is not built in {directory}, and {tool} is missing to build it: {BUILD_TOOLS[tool]}, "
+            "then run tools/build_extensions.py"
+        )
+
+
+def find_missing_tool() -> str | None:
+    """Name of the first build tool that is not on the path, or None."""
+    return next((tool for tool in BUILD_TOOLS if shutil.which(tool) is None), None)
 
 
 def clear_stale_locks(directory: Path) -> list[Path]:

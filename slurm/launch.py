@@ -14,6 +14,7 @@ import submitit
 
 from checkpoints.store import CheckpointStore
 from parallel.errors import ConfigurationError
+from parallel.extensions import check_communication_op
 from slurm.identity import LOCAL_ADDRESS, free_port, identity_from_environment
 from train.config import RunConfig
 from train.process import INTERACTIVE, STOPPED_STATUS, USER_ERROR_STATUS, ProcessIdentity, RankResult
@@ -92,6 +93,8 @@ def run_submitit_task(config: RunConfig, port: int, visible_gpus: str | None = N
 
 def _run_local(config: RunConfig, directory: RunDirectory) -> int:
     num_gpus = _visible_gpus(config.parallel.world_size)
+    if not num_gpus:
+        check_communication_op()
     executor = submitit.LocalExecutor(folder=directory.new_attempt())
     executor.update_parameters(
         tasks_per_node=config.parallel.world_size,

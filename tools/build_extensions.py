@@ -3,24 +3,13 @@
 Usage: python tools/build_extensions.py
 """
 
-import shutil
 import sys
 import time
 from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from parallel.extensions import use_extension_cache
-
-COMPILER_PACKAGES = {
-    "g++": "install the package g++ (apt-get install g++)",
-    "ninja": "install the package ninja (pip install ninja)",
-}
-
-
-def find_missing_tool() -> str | None:
-    """Name of the first build tool that is not on the path, or None."""
-    return next((tool for tool in COMPILER_PACKAGES if shutil.which(tool) is None), None)
+from parallel.extensions import BUILD_TOOLS, find_missing_tool, use_extension_cache
 
 
 def build_communication_op() -> str:
@@ -51,9 +40,7 @@ def main() -> int:
     directory = use_extension_cache()
     tool = find_missing_tool()
     if tool is not None:
-        print(
-            f"error: {tool} not found, needed to build DeepSpeed's CPU op: {COMPILER_PACKAGES[tool]}", file=sys.stderr
-        )
+        print(f"error: {tool} not found, needed to build DeepSpeed's CPU op: {BUILD_TOOLS[tool]}", file=sys.stderr)
         return 2
     try:
         outcome = build_communication_op()

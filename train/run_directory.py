@@ -134,7 +134,7 @@ class RunDirectory:
             os.close(lock)
             raise ConfigurationError(
                 f"run {self.config.run.name} is being written by another job ({owner or 'unknown process'}); "
-                "stop that job, or choose another run.name"
+                "end it there with kill and that number, or choose another run.name"
             ) from None
         except OSError as error:
             if error.errno not in NO_LOCKS:

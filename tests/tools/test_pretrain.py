@@ -255,6 +255,13 @@ def test_a_run_folder_that_cannot_be_written_or_read(config_file: Path) -> None:
     assert_one_clear_error(pretrain(config_file), "config.yaml cannot be read as YAML")
 
 
+def test_missing_compiler_is_one_clear_error(config_file: Path, tmp_path: Path) -> None:
+    """An extension cache without DeepSpeed's op, as after `make clean`, on a machine without a compiler."""
+    environment = {**os.environ, "PATH": str(tmp_path), "TORCH_EXTENSIONS_DIR": str(tmp_path / "extensions")}
+    result = subprocess.run([*COMMAND, str(config_file)], capture_output=True, text=True, env=environment, timeout=300)
+    assert_one_clear_error(result, "g++ is missing", "tools/build_extensions.py")
+
+
 def test_missing_and_unreadable_config(tmp_path: Path) -> None:
     assert_one_clear_error(pretrain(tmp_path / "none.yaml"), "none.yaml does not exist")
     (tmp_path / "bad.yaml").write_text("model: [1, 2")
