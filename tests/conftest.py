@@ -1,9 +1,13 @@
-"""Hides GPUs from the tests, which compare with CPU numbers and start more processes than a machine has GPUs.
+"""What must hold for all tests, before anything else is imported.
 
-tests/gpu gives them back to the processes it starts. This must come before anything asks torch for a GPU.
+GPUs are hidden: the tests compare with CPU numbers and start more processes than a machine has GPUs; tests/gpu gives
+them back to the processes it starts. SIGINT is heard: a test run in the background of a shell would ignore it, and so
+would every process it starts.
 """
 
 import os
+import signal
 
 VISIBLE_GPUS = os.environ.get("CUDA_VISIBLE_DEVICES")
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
+signal.signal(signal.SIGINT, signal.default_int_handler)
