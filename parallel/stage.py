@@ -14,7 +14,6 @@ from parallel.cpu_adaptation import compute_device
 from parallel.initialization import initialize_weights
 from parallel.inputs import MicroBatch, ModelInputs, prepare_inputs
 from parallel.pieces import OutputHead, build_piece
-from parallel.structure import piece_names
 from parallel.topology import coordinates, sum_over_tensor_parallel
 
 
@@ -68,11 +67,6 @@ class Stage(nn.Module):
         for name in self.names:
             _register(self, name, build_piece(name, model, self.config, parallel.activation_checkpointing))
         self._input: Tensor | None = None
-
-    @property
-    def has_output(self) -> bool:
-        """Whether this stage ends in the head and the loss."""
-        return self.names[-1] == piece_names(self.model_config)[-1]
 
     def piece(self, name: str) -> nn.Module:
         """The piece of that name."""

@@ -23,7 +23,6 @@ from train.streams import check_data
 from train.worker import train_rank
 
 Launcher = Literal["auto", "local", "inline"]
-LAUNCHERS: tuple[Launcher, ...] = ("auto", "local", "inline")
 CRASH_STATUS = 1
 KILLED_STATUS = 137
 INTERRUPTED_STATUS = 130
@@ -65,8 +64,9 @@ def launch(config: RunConfig, launcher: Launcher) -> int:
     if not inline or identity is None:
         return _run_local(config, directory)
     result = train_rank(config, identity)
-    if result.error and identity.rank == 0:
-        print(f"error: {result.error}", file=sys.stderr)
+    if result.error:
+        # Every rank says its own: what only one of them met would otherwise stay unsaid.
+        print(f"error: rank {identity.rank}: {result.error}", file=sys.stderr)
     return result.status
 
 

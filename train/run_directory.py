@@ -1,8 +1,7 @@
 """A run's folder: its configuration, the lock of its one writer, and where everything goes.
 
 `runs/<name>/` holds config.yaml (resolved, of the latest attempt), checkpoints/ (step directories of the checkpoint
-store), tensorboard/ (events), logs/ (of batch jobs) and submitit/ (a folder per attempt: job files,
-one log per process).
+store), tensorboard/ (events) and submitit/ (a folder per attempt: job files, one log per process).
 """
 
 import errno
@@ -47,7 +46,6 @@ class RunDirectory:
         self.path = config.directory
         self.checkpoints = self.path / "checkpoints"
         self.tensorboard = self.path / "tensorboard"
-        self.logs = self.path / "logs"
         self.submitit = self.path / "submitit"
         self._config_file = self.path / "config.yaml"
         self._lock: int | None = None
@@ -108,7 +106,7 @@ class RunDirectory:
                 other settings.
         """
         with self._writing():
-            for folder in (self.checkpoints, self.tensorboard, self.logs, self.submitit):
+            for folder in (self.checkpoints, self.tensorboard, self.submitit):
                 folder.mkdir(parents=True, exist_ok=True)
             self._claim()
             self.check()

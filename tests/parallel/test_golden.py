@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from parallel.inputs import target_mask
 from tests.golden_reference import BLOCK_VARIANTS, golden_stage, relative_difference
 
 TOLERANCE = 1e-5
@@ -62,9 +63,7 @@ def test_gradients(name: str, case: str) -> None:
     stage.zero_grad()
     losses = stage(batch)
     mask = batch.mask[:, golden.config.unit_length :].sum()
-    from parallel.inputs import prepare_inputs
-
-    valid = prepare_inputs(golden.config, batch).target_mask
+    valid = target_mask(golden.config, batch.mask)
     assert int(valid.sum()) == int(mask)
     (losses * valid).sum().div(mask).backward()
     expected = golden.gradients(case)

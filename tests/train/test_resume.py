@@ -124,9 +124,11 @@ def test_interrupted_run_equals_undisturbed_run(tmp_path: Path, shards: Path, pr
     assert samples(interrupted) == consumed
 
 
-def test_stop_at_the_exact_end_of_an_epoch(tmp_path: Path, shards: Path) -> None:
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_stop_at_the_exact_end_of_an_epoch(tmp_path: Path, shards: Path, precision: str) -> None:
     """41 sequences are one epoch: with one sequence per step, step 41 is its last."""
-    length = {"train": {"steps": 44, "global_batch_size": 1}, "parallel": {"data": 1}, "checkpoint": {"every": 41}}
+    train_section = {"steps": 44, "global_batch_size": 1, "precision": precision}
+    length = {"train": train_section, "parallel": {"data": 1}, "checkpoint": {"every": 41}}
     undisturbed = small_run(tmp_path, shards, "undisturbed", **length)
     run(undisturbed)
     interrupted = small_run(tmp_path, shards, "interrupted", **length)

@@ -11,6 +11,7 @@ from parallel.stage import build_stage
 from parallel.topology import initialize_topology
 from tests.processes import run_processes
 from train.batches import split_global_batch
+from train.optimizer import parameter_groups
 from train.selftest import OPTIMIZER, selftest_batch, selftest_model
 from train.step import StepEngine
 
@@ -34,8 +35,6 @@ def group_sizes(parallel: ParallelConfig) -> list[int]:
     """Elements of the decayed and of the exempt parameters of the unpipelined, unsplit selftest model."""
     initialize_topology(ParallelConfig(data=parallel.world_size))
     stage = build_stage(selftest_model("block"), ParallelConfig(data=parallel.world_size))
-    from train.optimizer import parameter_groups
-
     return [sum(p.numel() for p in group["params"]) for group in parameter_groups(stage, OPTIMIZER)]
 
 
