@@ -4,61 +4,40 @@ from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-
-class DecoderConfig(BaseModel):
-    """One stack of transformer layers."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    num_layers: int = Field(ge=1, description="Number of transformer layers.")
-    hidden_size: int = Field(ge=1, description="Width D of the residual stream.")
-    num_attention_heads: int = Field(ge=1, description="Number of attention heads; divides hidden_size.")
-    ffn_hidden_size: int | None = Field(
-        default=None, ge=1, description="Inner width of the feed-forward layer; default 4 x hidden_size."
-    )
-
-    @property
-    def head_size(self) -> int:
-        """Width of one attention head."""
-        return self.hidden_size // self.num_attention_heads
-
-    @property
-    def feed_forward_size(self) -> int:
-        """Inner width of the feed-forward layer with the default filled in."""
-        return self.ffn_hidden_size or 4 * self.hidden_size
-
-    @model_validator(mode="after")
-    def _heads_divide_width(self) -> Self:
-        if self.hidden_size % self.num_attention_heads:
-            raise ValueError(
-                f"hidden_size={self.hidden_size} is not a multiple of num_attention_heads="
-                f"{self.num_attention_heads}; change one of them"
-            )
-        return self
+from parallel.component_config import BackboneConfig, DecoderConfig, EmbedderConfig
 
 
 class ModelConfig(BaseModel):
-    """A Block Transformer (paper section 2) or the vanilla GPT-NeoX baseline."""
+    """A Block Transformer (paper section 2) or a vanilla transformer."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     architecture: Literal["block", "vanilla"] = Field(
-        default="block", description="`block`: embedder, block decoder, token decoder. `vanilla`: GPT-NeoX baseline."
+        default="block", description="`block`: embedder, block decoder, token decoder. `vanilla`: the baseline."
     )
     vocab_size: int = Field(ge=2, description="Rows of the embedding tables and of the head (V).")
     sequence_length: int = Field(default=2048, ge=2, description="Tokens per training sequence, padding included.")
     block_length: int = Field(default=4, ge=1, description="Tokens per block (L_B); `block` only.")
+    embedder: EmbedderConfig = Field(default=EmbedderConfig(), description="Tokens to block embeddings; `block` only.")
+    token_decoder_input: Literal["prefix", "summation", "cross_attention"] = Field(
+        default="prefix",
+        description="How the token decoder reads a context embedding (paper section 2.4): as `prefix` vectors before "
+        "the tokens, by `summation` with the token embeddings, or by `cross_attention` in each layer; `block` only.",
+    )
     prefix_length: int = Field(
         default=2,
         ge=1,
-        description="Vectors that one context embedding becomes in the token decoder (P); `block` only.",
+        description="Vectors that one context embedding becomes in front of the tokens (P); `prefix` only: the other "
+        "methods make block_length of them.",
     )
     block_decoder: DecoderConfig | None = Field(default=None, description="Global decoder over blocks; `block` only.")
     token_decoder: DecoderConfig | None = Field(default=None, description="Local decoder in a block; `block` only.")
     decoder: DecoderConfig | None = Field(default=None, description="The one stack of layers; `vanilla` only.")
-    rotary_fraction: float = Field(default=0.25, ge=0.0, le=1.0, description="Part of each head that is rotated.")
-    rotary_base: float = Field(default=10000.0, gt=1.0, description="Base of the rotary frequencies.")
-    layer_norm_epsilon: float = Field(default=1e-5, gt=0.0, description="Added to the variance in LayerNorm.")
+    backbone: BackboneConfig = Field(default=BackboneConfig(), description="What the decoder layers are made of.")
+    tie_word_embeddings: bool = Field(
+        default=False,
+        description="The head shares the token embedding table (of the token decoder in a `block` model).",
+    )
     initializer_std: float = Field(
         default=0.02, gt=0.0, description="Standard deviation of initial matrices and tables (biases start at 0)."
     )
@@ -92,9 +71,42 @@ class ModelConfig(BaseModel):
         return self.sequence_length // self.block_length
 
     @property
+    def has_cross_attention(self) -> bool:
+        """Whether token-decoder layers attend to the context embedding by cross-attention."""
+        return self.is_block and self.token_decoder_input == "cross_attention"
+
+    @property
+    def num_context_vectors(self) -> int:
+        """Vectors that one context embedding is expanded to: P, or L_B for summation and cross-attention."""
+        return self.prefix_length if self.token_decoder_input == "prefix" else self.block_length
+
+    @property
+    def leading_positions(self) -> int:
+        """Positions of a block in the token decoder before its first token: the prefix, or one begin position."""
+        return self.prefix_length if self.token_decoder_input == "prefix" else 1
+
+    @property
     def local_length(self) -> int:
-        """Positions of one block in the token decoder: prefix and all tokens but the last (P + L_B - 1)."""
-        return self.prefix_length + self.block_length - 1
+        """Positions of one block in the token decoder: the leading ones and all tokens but the last."""
+        return self.leading_positions + self.block_length - 1
+
+    @property
+    def carried_length(self) -> int:
+        """Vectors of one block between token-decoder layers: its positions, and what cross-attention reads."""
+        return self.local_length + (self.block_length if self.has_cross_attention else 0)
+
+    @property
+    def embeds_local_tokens(self) -> bool:
+        """Whether the token decoder has an embedding table; a prefix before blocks of one token needs none."""
+        return self.token_decoder_input != "prefix" or self.block_length > 1
+
+    @property
+    def tied_pieces(self) -> tuple[str, str] | None:
+        """First and last piece that share a table, if any."""
+        if not self.tie_word_embeddings:
+            return None
+        owner = "token_decoder" if self.is_block else "vanilla"
+        return f"{owner}.input", f"{owner}.output"
 
     @property
     def unit_length(self) -> int:
@@ -119,11 +131,11 @@ class ModelConfig(BaseModel):
         if self.is_block:
             self._check_blocks()
         for stack in self.stacks:
-            rotary_size = int(stack.head_size * self.rotary_fraction)
+            rotary_size = int(stack.head_size * self.backbone.rotary_fraction)
             if rotary_size % 2:
                 raise ValueError(
-                    f"rotary_fraction={self.rotary_fraction} rotates {rotary_size} of {stack.head_size} "
-                    "values of a head, which is odd; choose a fraction that gives an even number"
+                    f"backbone.rotary_fraction={self.backbone.rotary_fraction} rotates {rotary_size} of "
+                    f"{stack.head_size} values of a head, which is odd; choose a fraction that gives an even number"
                 )
         return self
 
@@ -139,10 +151,28 @@ class ModelConfig(BaseModel):
                 f"{self.block_length}; the first block is never predicted, so use at least "
                 f"{2 * self.block_length}"
             )
-        if self.blocks.hidden_size % self.block_length:
+        if self.embedder.kind == "lookup" and self.blocks.hidden_size % self.block_length:
             raise ValueError(
                 f"block_decoder.hidden_size={self.blocks.hidden_size} is not a multiple of block_length="
-                f"{self.block_length}; the embedder concatenates block_length vectors into one"
+                f"{self.block_length}; the embedder concatenates block_length vectors into one (or use "
+                "embedder.kind=lookup_projection)"
+            )
+        if self.tie_word_embeddings and not self.embeds_local_tokens:
+            raise ValueError(
+                "tie_word_embeddings=true has nothing to tie: with block_length=1 the token decoder has no embedding "
+                "table; set tie_word_embeddings=false"
+            )
+        self._check_encoder()
+
+    def _check_encoder(self) -> None:
+        if not self.embedder.has_encoder:
+            return
+        encoder = self.embedder.roberta
+        length = self.block_length + (self.embedder.num_cls_tokens if self.embedder.kind == "roberta_cls" else 0)
+        if length + 2 > encoder.max_positions:
+            raise ValueError(
+                f"embedder.encoder.max_positions={encoder.max_positions} is too small for {length} tokens of a block; "
+                f"use at least {length + 2}"
             )
 
 
@@ -195,22 +225,39 @@ def check_layout(model: ModelConfig, parallel: ParallelConfig) -> None:
             f"model.vocab_size={model.vocab_size} is not a multiple of parallel.tensor={tensor}; pad it to {padded}"
         )
     for stack in model.stacks:
-        for name, value in (
-            ("num_attention_heads", stack.num_attention_heads),
-            ("ffn_hidden_size", stack.feed_forward_size),
-        ):
-            if value % tensor:
-                raise ValueError(
-                    f"{name}={value} is not a multiple of parallel.tensor={tensor}; "
-                    "change the width or the tensor-parallel size"
-                )
+        _check_split("num_attention_heads", stack.num_attention_heads, tensor)
+        _check_split("num_key_value_heads", stack.key_value_heads, tensor)
+        _check_split("ffn_hidden_size", stack.feed_forward_size, tensor)
+    if model.is_block and model.embedder.has_encoder:
+        _check_split("embedder.encoder.num_attention_heads", model.embedder.roberta.num_attention_heads, tensor)
+        _check_split("embedder.encoder.ffn_hidden_size", model.embedder.roberta.feed_forward_size, tensor)
     units = model.sequence_length // model.unit_length
     if parallel.sequence_parallel and units % tensor:
         raise ValueError(
             f"parallel.sequence_parallel=true splits {units} {'blocks' if model.is_block else 'positions'} "
             f"over parallel.tensor={tensor}, which does not divide; change model.sequence_length"
         )
+    _check_pipeline(model, parallel)
+
+
+def _check_split(name: str, value: int, tensor: int) -> None:
+    if value % tensor:
+        raise ValueError(
+            f"{name}={value} is not a multiple of parallel.tensor={tensor}; "
+            "change the model or the tensor-parallel size"
+        )
+
+
+def _check_pipeline(model: ModelConfig, parallel: ParallelConfig) -> None:
     layers = sum(stack.num_layers for stack in model.stacks)
+    if model.tie_word_embeddings:
+        # Both ends of the shared table and all between stay on one stage.
+        stages = 1 + model.blocks.num_layers if model.is_block else 1
+        if parallel.pipeline > stages:
+            raise ValueError(
+                f"parallel.pipeline={parallel.pipeline} would part the two ends of model.tie_word_embeddings=true; "
+                f"use at most {stages}, or untie the head"
+            )
     if parallel.pipeline > layers:
         raise ValueError(
             f"parallel.pipeline={parallel.pipeline} is more than the model's {layers} layers; use at most {layers}"

@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from parallel.config import DecoderConfig, ModelConfig, ParallelConfig
+from parallel.component_config import DecoderConfig
+from parallel.config import ModelConfig, ParallelConfig
 from parallel.inputs import MicroBatch
 from parallel.stage import Stage, build_stage
 

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from checkpoints.engine_state import engine_fragments
 from checkpoints.records import Fragment
-from parallel.config import DecoderConfig, ModelConfig, ParallelConfig
+from parallel.component_config import DecoderConfig
+from parallel.config import ModelConfig, ParallelConfig
 from parallel.cpu_adaptation import compute_device
 from parallel.inputs import MicroBatch, count_targets, target_mask
 from parallel.schedule import masked_loss

@@ -15,7 +15,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from checkpoints.engine_state import engine_fragments
 from inference.generator import Generator
-from parallel.config import DecoderConfig, ModelConfig, ParallelConfig
+from parallel.component_config import DecoderConfig
+from parallel.config import ModelConfig, ParallelConfig
 from parallel.cpu_adaptation import compute_device
 from parallel.inputs import MicroBatch
 from parallel.stage import build_stage

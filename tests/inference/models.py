@@ -5,7 +5,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from parallel.config import DecoderConfig, ModelConfig, ParallelConfig
+from parallel.component_config import DecoderConfig
+from parallel.config import ModelConfig, ParallelConfig
 from parallel.inputs import MicroBatch
 from parallel.stage import Stage, build_stage
 

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from parallel.config import DecoderConfig, ModelConfig, ParallelConfig
+from parallel.component_config import DecoderConfig
+from parallel.config import ModelConfig, ParallelConfig
 from parallel.costs import balanced_cuts, forward_flops_per_token, piece_costs, pipeline_split, total_parameters
 from parallel.inputs import MicroBatch, prepare_inputs
 from parallel.stage import Stage, build_stage

@@ -9,7 +9,8 @@ from megatron.core import parallel_state
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 
 import parallel.schedule
-from parallel.config import DecoderConfig, ModelConfig, ParallelConfig
+from parallel.component_config import DecoderConfig
+from parallel.config import ModelConfig, ParallelConfig
 from parallel.cpu_adaptation import adapt_megatron_to_cpu, cpu_schedule
 from parallel.inputs import MicroBatch
 from parallel.schedule import run_schedule

@@ -2,7 +2,8 @@
 
 import torch
 
-from parallel.config import DecoderConfig, ModelConfig
+from parallel.component_config import DecoderConfig
+from parallel.config import ModelConfig
 from parallel.inputs import MicroBatch, ModelInputs, prepare_inputs
 
 STACK = DecoderConfig(num_layers=1, hidden_size=16, num_attention_heads=2)

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from inference.generator import Generator
-from parallel.config import DecoderConfig, ModelConfig, ParallelConfig
+from parallel.component_config import DecoderConfig
+from parallel.config import ModelConfig, ParallelConfig
 from parallel.inputs import MicroBatch, prepare_inputs
 from parallel.schedule import run_schedule
 from parallel.stage import Stage, build_stage

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import torch.distributed
 
-from parallel.config import DecoderConfig, ModelConfig, ParallelConfig
+from parallel.component_config import DecoderConfig
+from parallel.config import ModelConfig, ParallelConfig
 from parallel.stage import build_stage
 from parallel.topology import start_single_process
 from tests.inference.saved_model import save_model
