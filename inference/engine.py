@@ -85,9 +85,10 @@ class BlockEngine(Engine):
             local_mask=None,
             targets=targets,
             target_mask=torch.ones_like(targets, dtype=torch.bool),
+            token_mask=torch.ones_like(targets, dtype=torch.bool),
         )
         hidden = self.stage.run(self._context, inputs, self._token_names)
-        return self.output.logits_of(hidden[:, -1])
+        return self.output.logits_of(hidden[:, self.config.leading_positions - 1 + self._block.shape[1]])
 
 
 class VanillaEngine(Engine):

@@ -119,14 +119,14 @@ class EncoderConfig(BaseModel):
     )
 
     @property
-    def head_size(self) -> int:
-        """Width of one attention head."""
-        return self.hidden_size // self.num_attention_heads
-
-    @property
-    def feed_forward_size(self) -> int:
-        """Inner width of the feed-forward layer with the default filled in."""
-        return self.ffn_hidden_size or 4 * self.hidden_size
+    def stack(self) -> DecoderConfig:
+        """The encoder's layers as a stack of the common layer's parts."""
+        return DecoderConfig(
+            num_layers=self.num_layers,
+            hidden_size=self.hidden_size,
+            num_attention_heads=self.num_attention_heads,
+            ffn_hidden_size=self.ffn_hidden_size,
+        )
 
     @model_validator(mode="after")
     def _heads_divide_width(self) -> Self:

@@ -230,7 +230,7 @@ def check_layout(model: ModelConfig, parallel: ParallelConfig) -> None:
         _check_split("ffn_hidden_size", stack.feed_forward_size, tensor)
     if model.is_block and model.embedder.has_encoder:
         _check_split("embedder.encoder.num_attention_heads", model.embedder.roberta.num_attention_heads, tensor)
-        _check_split("embedder.encoder.ffn_hidden_size", model.embedder.roberta.feed_forward_size, tensor)
+        _check_split("embedder.encoder.ffn_hidden_size", model.embedder.roberta.stack.feed_forward_size, tensor)
     units = model.sequence_length // model.unit_length
     if parallel.sequence_parallel and units % tensor:
         raise ValueError(

@@ -6,7 +6,8 @@ positions and other element-wise work are not counted.
 
 from dataclasses import dataclass
 
-from parallel.config import DecoderConfig, ModelConfig
+from parallel.component_config import BackboneConfig, DecoderConfig
+from parallel.config import ModelConfig
 from parallel.structure import piece_names
 
 
@@ -48,47 +49,109 @@ def total_parameters(config: ModelConfig) -> int:
 
 def _piece_cost(name: str, config: ModelConfig) -> PieceCost:
     if ".layers." in name:
-        if name.startswith("token_decoder"):
-            return _layer_cost(name, config.tokens, config.num_blocks, config.local_length)
-        if config.is_block:
-            return _layer_cost(name, config.blocks, 1, config.num_blocks)
-        return _layer_cost(name, config.vanilla, 1, config.sequence_length)
-    if name == "embedder":
-        table = config.vocab_size * (config.blocks.hidden_size // config.block_length)
-        return PieceCost(name, table, table, 0.0)
-    if name == "vanilla.input":
-        table = config.vocab_size * config.vanilla.hidden_size
-        return PieceCost(name, table, table, 0.0)
-    if name == "block_decoder.output":
-        return PieceCost(name, 2 * config.blocks.hidden_size, 0, 0.0)
-    if name == "token_decoder.input":
-        return _prefix_input_cost(name, config)
-    return _output_cost(name, config)
+        return PieceCost(name, *_decoder_layer_cost(name, config))
+    costs = {
+        "embedder": _embedder_cost,
+        "vanilla.input": _vanilla_input_cost,
+        "block_decoder.output": _block_output_cost,
+        "token_decoder.input": _token_input_cost,
+        "token_decoder.output": _output_cost,
+        "vanilla.output": _output_cost,
+    }
+    return PieceCost(name, *costs[name](config))
 
 
-def _layer_cost(name: str, stack: DecoderConfig, num_sequences: int, length: int) -> PieceCost:
-    width, inner = stack.hidden_size, stack.feed_forward_size
-    matrices = 4 * width * width + 2 * width * inner
-    split_biases = 3 * width + inner  # biases of the column-parallel layers
-    replicated = 6 * width  # two norms (4), biases of the row-parallel layers (2)
-    linear = 2.0 * matrices * length
-    attention = 2.0 * 2.0 * length * length * width
-    return PieceCost(
-        name, matrices + split_biases + replicated, matrices + split_biases, num_sequences * (linear + attention)
-    )
+_Cost = tuple[int, int, float]  # parameters, those of them that tensor parallelism divides, FLOPs of one sequence
 
 
-def _prefix_input_cost(name: str, config: ModelConfig) -> PieceCost:
-    outputs = config.prefix_length * config.tokens.hidden_size
+def _decoder_layer_cost(name: str, config: ModelConfig) -> _Cost:
+    if not name.startswith("token_decoder"):
+        stack, length = (
+            (config.blocks, config.num_blocks) if config.is_block else (config.vanilla, config.sequence_length)
+        )
+        return _layer_cost(stack, config.backbone, 1, length)
+    stack = config.tokens
+    cost = _layer_cost(stack, config.backbone, config.num_blocks, config.local_length)
+    if not config.has_cross_attention:
+        return cost
+    return _sum(cost, _cross_attention_cost(config))
+
+
+def _sum(*costs: _Cost) -> _Cost:
+    parameters, split, flops = zip(*costs, strict=True)
+    return sum(parameters), sum(split), sum(flops)
+
+
+def _norm_size(width: int, backbone: BackboneConfig) -> int:
+    return width * (2 if backbone.norm == "layer_norm" else 1)
+
+
+def _layer_cost(stack: DecoderConfig, backbone: BackboneConfig, num_sequences: int, length: int) -> _Cost:
+    width, inner, fused = stack.hidden_size, stack.feed_forward_size, stack.query_key_value_size
+    expansions = 2 if backbone.feed_forward == "swiglu" else 1
+    matrices = width * fused + stack.attention_size * width + (expansions + 1) * width * inner
+    split_biases = (fused if backbone.bias != "none" else 0) + (expansions * inner if backbone.bias == "all" else 0)
+    replicated = 2 * _norm_size(width, backbone) + (2 * width if backbone.bias == "all" else 0)
+    replicated += 2 * stack.head_size if backbone.query_key_norm else 0
+    attention = 2.0 * 2.0 * length * length * stack.attention_size
+    flops = num_sequences * (2.0 * matrices * length + attention)
+    return matrices + split_biases + replicated, matrices + split_biases, flops
+
+
+def _cross_attention_cost(config: ModelConfig) -> _Cost:
+    stack, backbone = config.tokens, config.backbone
+    width, queries = stack.hidden_size, stack.attention_size
+    keys_values = 2 * stack.key_value_heads * stack.head_size
+    biases = queries + keys_values if backbone.bias != "none" else 0
+    split = 2 * width * queries + width * keys_values + biases
+    replicated = _norm_size(width, backbone) + (width if backbone.bias == "all" else 0)
+    length, context = config.local_length, config.num_context_vectors
+    linear = 2.0 * (2 * width * queries * length + width * keys_values * context)
+    attention = 2.0 * 2.0 * length * context * queries
+    return split + replicated, split, config.num_blocks * (linear + attention)
+
+
+def _vanilla_input_cost(config: ModelConfig) -> _Cost:
+    table = config.vocab_size * config.vanilla.hidden_size
+    return table, table, 0.0
+
+
+def _embedder_cost(config: ModelConfig) -> _Cost:
+    embedder, width = config.embedder, config.blocks.hidden_size
+    vector = embedder.vector_width(width, config.block_length)
+    table = config.vocab_size * vector
+    cost: _Cost = (table, table, 0.0)
+    if embedder.has_projection:
+        inputs = embedder.num_vectors(config.block_length) * vector
+        cost = _sum(cost, (inputs * width + width, 0, 2.0 * inputs * width * config.num_blocks))
+    return _sum(cost, _encoder_cost(config)) if embedder.has_encoder else cost
+
+
+def _encoder_cost(config: ModelConfig) -> _Cost:
+    """Everything of a RoBERTa encoder but its word embeddings."""
+    encoder, embedder = config.embedder.roberta, config.embedder
+    length = config.block_length + (embedder.num_cls_tokens if embedder.kind == "roberta_cls" else 0)
+    tables: _Cost = ((encoder.max_positions + 1 + 2) * encoder.hidden_size, 0, 0.0)  # positions, token type, norm
+    layer = _layer_cost(encoder.stack, BackboneConfig(), config.num_blocks, length)
+    return _sum(tables, *[layer] * encoder.num_layers)
+
+
+def _block_output_cost(config: ModelConfig) -> _Cost:
+    return _norm_size(config.blocks.hidden_size, config.backbone), 0, 0.0
+
+
+def _token_input_cost(config: ModelConfig) -> _Cost:
+    outputs = config.num_context_vectors * config.tokens.hidden_size
     expansion = config.blocks.hidden_size * outputs
-    table = config.vocab_size * config.tokens.hidden_size if config.block_length > 1 else 0
-    return PieceCost(name, expansion + outputs + table, table, 2.0 * expansion * config.num_blocks)
+    table = config.vocab_size * config.tokens.hidden_size if config.embeds_local_tokens else 0
+    return expansion + outputs + table, table, 2.0 * expansion * config.num_blocks
 
 
-def _output_cost(name: str, config: ModelConfig) -> PieceCost:
+def _output_cost(config: ModelConfig) -> _Cost:
     width = config.stacks[-1].hidden_size
     head = width * config.vocab_size
-    return PieceCost(name, head + 2 * width, head, 2.0 * head * config.sequence_length)
+    own = 0 if config.tie_word_embeddings else head
+    return own + _norm_size(width, config.backbone), own, 2.0 * head * config.sequence_length
 
 
 def balanced_cuts(costs: list[float], stages: int) -> list[range]:
@@ -126,6 +189,18 @@ def balanced_cuts(costs: list[float], stages: int) -> list[range]:
 
 
 def pipeline_split(config: ModelConfig, stages: int) -> list[list[PieceCost]]:
-    """The pieces of each pipeline stage, cut so that the slowest stage does as little work as possible."""
-    costs = piece_costs(config)
-    return [[costs[i] for i in cut] for cut in balanced_cuts([cost.forward_flops for cost in costs], stages)]
+    """The pieces of each pipeline stage, cut so that the slowest stage does as little work as possible.
+
+    Pieces that share a table, and those between them, stay together.
+    """
+    groups = _inseparable(piece_costs(config), config.tied_pieces)
+    totals = [sum(cost.forward_flops for cost in group) for group in groups]
+    return [[cost for i in cut for cost in groups[i]] for cut in balanced_cuts(totals, stages)]
+
+
+def _inseparable(costs: list[PieceCost], tied: tuple[str, str] | None) -> list[list[PieceCost]]:
+    if tied is None:
+        return [[cost] for cost in costs]
+    names = [cost.name for cost in costs]
+    first, stop = names.index(tied[0]), names.index(tied[1]) + 1
+    return [*([cost] for cost in costs[:first]), costs[first:stop], *([cost] for cost in costs[stop:])]

@@ -1,7 +1,7 @@
 """Initial weights, a pure function of (seed, parameter name): alike for every tensor, pipeline and data layout.
 
-As the paper's reference code: matrices and tables N(0, 0.02), biases 0, norms 1 and 0, and the expansion of context
-embeddings N(0, D^-0.5), so that prefix vectors start at unit scale.
+As the paper's reference code: matrices and tables N(0, 0.02), biases 0, norms 1 and 0; the expansion of context
+embeddings and the embedder's projection N(0, inputs^-0.5), so that what they give starts at the scale of their input.
 """
 
 import hashlib
@@ -34,8 +34,8 @@ def _initial_tensor(name: str, shape: tuple[int, ...], config: ModelConfig, seed
     if len(shape) == 1:
         return torch.ones(shape)
     std = config.initializer_std
-    if name == "token_decoder.input.expansion.weight":
-        std = config.blocks.hidden_size**-0.5
+    if name in ("token_decoder.input.expansion.weight", "embedder.projection.weight"):
+        std = shape[1] ** -0.5
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
     return torch.empty(shape).normal_(0.0, std, generator=generator)

@@ -1,6 +1,7 @@
 """What a micro-batch of token ids becomes before the first layer: targets and attention masks.
 
-Notation: B sequences, S tokens per sequence, L block length, N = S / L blocks, P prefix length, T = P + L - 1.
+Notation: B sequences, S tokens per sequence, L block length, N = S / L blocks, T positions of a block in the token
+decoder (ModelConfig.local_length).
 The token decoder keeps N rows per sequence (row i decodes block i + 1; the last row has no target), so that rows divide
 evenly under sequence parallelism.
 """
@@ -36,6 +37,7 @@ class ModelInputs:
         local_mask: bool [N * B, 1, T, T] for the token decoder; None = plain causal attention.
         targets: int64 [N * B, L] or [S, B]: the token each output position predicts.
         target_mask: bool, as targets: False where there is nothing to predict.
+        token_mask: bool, as token_ids: False marks padding.
     """
 
     token_ids: Tensor
@@ -43,6 +45,7 @@ class ModelInputs:
     local_mask: Tensor | None
     targets: Tensor
     target_mask: Tensor
+    token_mask: Tensor
 
 
 def count_targets(config: ModelConfig, mask: Tensor) -> Tensor:
@@ -70,13 +73,15 @@ def _targets(config: ModelConfig, values: Tensor) -> Tensor:
 
 def _block_inputs(config: ModelConfig, batch: MicroBatch) -> ModelInputs:
     blocks = batch.token_ids.view(len(batch.token_ids), -1, config.block_length)
+    mask = batch.mask.view_as(blocks)
     valid = target_mask(config, batch.mask)
     return ModelInputs(
         token_ids=blocks,
-        global_mask=_causal_mask(batch.mask.view_as(blocks).any(dim=2)),
+        global_mask=_causal_mask(mask.any(dim=2)),
         local_mask=_local_mask(config, valid, num_sequences=len(blocks)),
         targets=_targets(config, batch.token_ids),
         target_mask=valid,
+        token_mask=mask,
     )
 
 
@@ -87,6 +92,7 @@ def _vanilla_inputs(config: ModelConfig, batch: MicroBatch) -> ModelInputs:
         local_mask=None,
         targets=_targets(config, batch.token_ids),
         target_mask=target_mask(config, batch.mask),
+        token_mask=batch.mask,
     )
 
 
@@ -113,15 +119,15 @@ def _causal_mask(valid: Tensor) -> Tensor | None:
 
 
 def _local_mask(config: ModelConfig, target_mask: Tensor, num_sequences: int) -> Tensor | None:
-    """Causal attention inside each block [rows, L]: prefix and real earlier tokens; None when all tokens are real.
+    """Causal attention inside each block [rows, L]: context and real earlier tokens; None when all tokens are real.
 
     The last row of each sequence has no target, so it does not matter what it attends to.
     """
     tokens = target_mask[:, :-1]
     if bool(tokens[:-num_sequences].all()):
         return None
-    prefix = tokens.new_ones(tokens.shape[0], config.prefix_length)
-    keys = torch.cat((prefix, tokens), dim=1)
+    leading = tokens.new_ones(tokens.shape[0], config.leading_positions)
+    keys = torch.cat((leading, tokens), dim=1)
     size = keys.shape[1]
     causal = torch.ones(size, size, dtype=torch.bool, device=keys.device).tril()
     return (causal & keys[:, None, :])[:, None]

@@ -1,7 +1,7 @@
 """The model as a flat list of pieces; a pipeline stage is a contiguous slice of it.
 
 Each piece maps hidden states to hidden states (the first reads token ids, the last returns the loss per token).
-Shapes, B sequences, N blocks, L block length, P prefix length, T = P + L - 1, D the width of the stack:
+Shapes, B sequences, N blocks, T positions and vectors of a block (ModelConfig.carried_length), D the stack's width:
     after the embedder and in the block decoder   [N, B, D]
     in the token decoder                          [N * B, T, D]
     in the vanilla decoder                        [S, B, D]
@@ -10,55 +10,18 @@ With sequence parallelism, the first dimension is divided by the tensor-parallel
 
 from collections.abc import Callable
 
-import torch
 from megatron.core import parallel_state
-from megatron.core.tensor_parallel import (
-    VocabParallelEmbedding,
-    gather_from_tensor_model_parallel_region,
-    vocab_parallel_cross_entropy,
-)
+from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region, vocab_parallel_cross_entropy
 from megatron.core.transformer import TransformerConfig
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from parallel.config import ModelConfig
+from parallel.decoder_layer import CrossAttentionLayer, DecoderLayer
+from parallel.embedders import build_embedder
 from parallel.inputs import ModelInputs
-from parallel.layers import FeedForward, LayerNorm, SelfAttention, column_parallel, mark_sequence_parallel, mark_split
-
-
-class TokenEmbedding(VocabParallelEmbedding):
-    """Embedding table split over the vocabulary; looks rows of ids up as [rows, columns, width]."""
-
-    def __init__(self, vocab_size: int, width: int, megatron: TransformerConfig) -> None:
-        super().__init__(
-            vocab_size,
-            width,
-            init_method=lambda weight: None,
-            reduce_scatter_embeddings=megatron.sequence_parallel,
-            config=megatron,
-            tp_group=parallel_state.get_tensor_model_parallel_group(),
-        )
-        mark_split(self.weight, axis=0)
-
-    def forward(self, ids: Tensor) -> Tensor:
-        """Looks ids [rows, columns] up; rows are scattered over TP under sequence parallelism."""
-        # Megatron-core's reduce-scatter transposes [columns, rows] into rows first; its all-reduce does not.
-        return super().forward(ids.t().contiguous() if self.reduce_scatter_embeddings else ids)
-
-
-class Embedder(nn.Module):
-    """Lookup embedder (paper section 2.2): the embeddings of a block's tokens, concatenated."""
-
-    def __init__(self, config: ModelConfig, megatron: TransformerConfig) -> None:
-        super().__init__()
-        self.embedding = TokenEmbedding(config.vocab_size, config.blocks.hidden_size // config.block_length, megatron)
-
-    def forward(self, hidden: Tensor | None, inputs: ModelInputs) -> Tensor:
-        """Ids [B, N, L] -> block embeddings [N, B, D]."""
-        num_sequences, num_blocks, _ = inputs.token_ids.shape
-        ids = inputs.token_ids.permute(1, 0, 2).reshape(num_blocks, -1)
-        embedded = self.embedding(ids)
-        return embedded.reshape(embedded.shape[0], num_sequences, -1)
+from parallel.linear import TokenEmbedding, column_parallel
+from parallel.norms import build_norm
+from parallel.token_inputs import build_token_input
 
 
 class VanillaInput(nn.Module):
@@ -74,48 +37,12 @@ class VanillaInput(nn.Module):
         return embedded
 
 
-class DecoderLayer(nn.Module):
-    """One GPT-NeoX layer: hidden + attention(norm(hidden)) + feed_forward(norm(hidden)).
-
-    Args:
-        config: the model.
-        megatron: Megatron-core's settings.
-        is_local: the layer is the token decoder's: attention inside each block.
-        recompute: activation checkpointing: keep only the input and recompute the rest in backward.
-    """
-
-    def __init__(self, config: ModelConfig, megatron: TransformerConfig, is_local: bool, recompute: bool) -> None:
-        super().__init__()
-        stack = config.tokens if is_local else config.blocks if config.is_block else config.vanilla
-        self.is_local = is_local
-        self.recompute = recompute
-        self.attention_norm = LayerNorm(stack.hidden_size, config, megatron)
-        self.feed_forward_norm = LayerNorm(stack.hidden_size, config, megatron)
-        self.attention = SelfAttention(stack, config, megatron, sequence_first=not is_local)
-        self.feed_forward = FeedForward(stack, megatron)
-
-    def forward(self, hidden: Tensor, inputs: ModelInputs) -> Tensor:
-        """Maps hidden states to hidden states of the same shape."""
-        mask = inputs.local_mask if self.is_local else inputs.global_mask
-        if self.recompute and torch.is_grad_enabled():
-            recomputed: Tensor = checkpoint(
-                self._transform, hidden, mask, use_reentrant=False, preserve_rng_state=False
-            )
-            return recomputed
-        return self._transform(hidden, mask)
-
-    def _transform(self, hidden: Tensor, mask: Tensor | None) -> Tensor:
-        attended: Tensor = self.attention(self.attention_norm(hidden), mask)
-        transformed: Tensor = self.feed_forward(self.feed_forward_norm(hidden))
-        return hidden + attended + transformed
-
-
 class BlockOutput(nn.Module):
-    """Final LayerNorm of the block decoder; what it returns are the context embeddings."""
+    """Final norm of the block decoder; what it returns are the context embeddings."""
 
     def __init__(self, config: ModelConfig, megatron: TransformerConfig) -> None:
         super().__init__()
-        self.norm = LayerNorm(config.blocks.hidden_size, config, megatron)
+        self.norm = build_norm(config.blocks.hidden_size, config.backbone, megatron)
 
     def forward(self, hidden: Tensor, inputs: ModelInputs) -> Tensor:
         """[N, B, D] -> context embeddings [N, B, D]."""
@@ -123,58 +50,44 @@ class BlockOutput(nn.Module):
         return context
 
 
-class PrefixInput(nn.Module):
-    """Token decoder input (paper section 2.4): the context embedding as P prefix vectors, then the block's tokens."""
-
-    def __init__(self, config: ModelConfig, megatron: TransformerConfig) -> None:
-        super().__init__()
-        width = config.tokens.hidden_size
-        self.prefix_length = config.prefix_length
-        self.expansion = nn.Linear(config.blocks.hidden_size, config.prefix_length * width, dtype=megatron.params_dtype)
-        mark_sequence_parallel(self.expansion, megatron)
-        # The last token of a block is never an input, so with one token per block there is nothing to look up.
-        self.embedding = TokenEmbedding(config.vocab_size, width, megatron) if config.block_length > 1 else None
-
-    def forward(self, hidden: Tensor, inputs: ModelInputs) -> Tensor:
-        """Context embeddings [N, B, D] and targets [N * B, L] -> [N * B, P + L - 1, D]."""
-        prefix = self.expansion(hidden)
-        prefix = prefix.view(prefix.shape[0] * prefix.shape[1], self.prefix_length, -1)
-        if self.embedding is None:
-            return prefix
-        return torch.cat((prefix, self.embedding(inputs.targets[:, :-1])), dim=1)
-
-
 class OutputHead(nn.Module):
-    """Final LayerNorm, head over the vocabulary and cross entropy."""
+    """Final norm, head over the vocabulary and cross entropy."""
 
     def __init__(self, config: ModelConfig, megatron: TransformerConfig) -> None:
         super().__init__()
-        width = (config.tokens if config.is_block else config.vanilla).hidden_size
-        self.first_output = config.prefix_length - 1 if config.is_block else 0
-        self.norm = LayerNorm(width, config, megatron)
-        self.head = column_parallel(width, config.vocab_size, megatron, bias=False)
+        width = config.stacks[-1].hidden_size
+        # The last leading position predicts the block's first token; vanilla keeps every position.
+        first = config.leading_positions - 1
+        self.predicting = slice(first, first + config.block_length) if config.is_block else slice(None)
+        self.norm = build_norm(width, config.backbone, megatron)
+        self.head = column_parallel(
+            width, config.vocab_size, megatron, bias=False, own_weight=not config.tie_word_embeddings
+        )
 
     def forward(self, hidden: Tensor, inputs: ModelInputs) -> Tensor:
         """Hidden states -> cross entropy per target, fp32, shape of inputs.targets."""
-        return vocab_parallel_cross_entropy(self._local_logits(self._predicting(hidden)).float(), inputs.targets)
+        logits = self._local_logits(hidden[:, self.predicting])
+        return vocab_parallel_cross_entropy(logits.float(), inputs.targets)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Hidden states -> logits over the whole vocabulary, [N * B, L, V] or [S, B, V]."""
-        return self.logits_of(self._predicting(hidden))
+        return self.logits_of(hidden[:, self.predicting])
 
     def logits_of(self, hidden: Tensor) -> Tensor:
-        """Logits [..., V] over the whole vocabulary of chosen positions [..., D], prefix or not."""
+        """Logits [..., V] over the whole vocabulary of chosen positions [..., D]."""
         return gather_from_tensor_model_parallel_region(
             self._local_logits(hidden), group=parallel_state.get_tensor_model_parallel_group()
         )
 
-    def _predicting(self, hidden: Tensor) -> Tensor:
-        # The last prefix position predicts the block's first token; vanilla keeps every position.
-        return hidden[:, self.first_output :]
-
     def _local_logits(self, hidden: Tensor) -> Tensor:
         logits, _ = self.head(self.norm(hidden))
         return logits
+
+
+def tie_head(output: nn.Module, table: nn.Module) -> None:
+    """Makes the head's weight the embedding table of an input piece on the same stage."""
+    assert isinstance(output, OutputHead)
+    output.head.weight = table.get_parameter("embedding.weight")
 
 
 def build_piece(name: str, config: ModelConfig, megatron: TransformerConfig, recompute: bool) -> nn.Module:
@@ -187,12 +100,15 @@ def build_piece(name: str, config: ModelConfig, megatron: TransformerConfig, rec
         recompute: activation checkpointing of decoder layers.
     """
     if ".layers." in name:
-        return DecoderLayer(config, megatron, name.startswith("token_decoder"), recompute)
+        is_local = name.startswith("token_decoder")
+        if is_local and config.has_cross_attention:
+            return CrossAttentionLayer(config, megatron, recompute)
+        return DecoderLayer(config, megatron, is_local, recompute)
     pieces: dict[str, Callable[[ModelConfig, TransformerConfig], nn.Module]] = {
-        "embedder": Embedder,
+        "embedder": build_embedder,
         "vanilla.input": VanillaInput,
         "block_decoder.output": BlockOutput,
-        "token_decoder.input": PrefixInput,
+        "token_decoder.input": build_token_input,
         "token_decoder.output": OutputHead,
         "vanilla.output": OutputHead,
     }

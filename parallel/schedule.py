@@ -60,7 +60,7 @@ def boundary_shape(config: ModelConfig, parallel: ParallelConfig, name: str, mic
         return config.sequence_length // divisor, micro_batch_size, config.vanilla.hidden_size
     if name.startswith("token_decoder") and name != "token_decoder.input":
         rows = config.num_blocks * micro_batch_size // divisor
-        return rows, config.local_length, config.tokens.hidden_size
+        return rows, config.carried_length, config.tokens.hidden_size
     return config.num_blocks // divisor, micro_batch_size, config.blocks.hidden_size
 
 

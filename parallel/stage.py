@@ -13,7 +13,7 @@ from parallel.costs import pipeline_split
 from parallel.cpu_adaptation import compute_device
 from parallel.initialization import initialize_weights
 from parallel.inputs import MicroBatch, ModelInputs, prepare_inputs
-from parallel.pieces import OutputHead, build_piece
+from parallel.pieces import OutputHead, build_piece, tie_head
 from parallel.topology import coordinates, sum_over_tensor_parallel
 
 
@@ -66,6 +66,9 @@ class Stage(nn.Module):
         self.names = [cost.name for cost in pipeline_split(model, parallel.pipeline)[rank]]
         for name in self.names:
             _register(self, name, build_piece(name, model, self.config, parallel.activation_checkpointing))
+        if model.tied_pieces and model.tied_pieces[1] in self.names:
+            first, last = model.tied_pieces
+            tie_head(self.piece(last), self.piece(first))
         self._input: Tensor | None = None
 
     def piece(self, name: str) -> nn.Module:
@@ -108,10 +111,10 @@ def _register(root: nn.Module, name: str, module: nn.Module) -> None:
     root.add_module(leaf, module)
 
 
-def _sum_sequence_parallel_gradients(stage: Stage) -> None:
-    """Sums gradients of replicated parameters over TP as they arise.
+def _sum_partial_gradients(stage: Stage) -> None:
+    """Sums gradients of replicated parameters over TP as they arise, where each rank has only a part of them.
 
-    Under sequence parallelism each rank sees only its own rows. A hook on the gradient, not a pass afterwards, because
+    A hook on the gradient, not a pass afterwards, because
     ZeRO 2 and 3 reduce gradients away during backward.
     """
     for parameter in stage.parameters():
@@ -127,5 +130,5 @@ def build_stage(
     if seed is not None:
         initialize_weights(stage, model, seed)
     stage.to(compute_device())
-    _sum_sequence_parallel_gradients(stage)
+    _sum_partial_gradients(stage)
     return stage

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from checkpoints.engine_state import engine_fragments
 from checkpoints.records import Fragment
-from parallel.component_config import DecoderConfig
 from parallel.config import ModelConfig, ParallelConfig
 from parallel.cpu_adaptation import compute_device
 from parallel.inputs import MicroBatch, count_targets, target_mask
@@ -27,6 +26,7 @@ from train.batches import split_global_batch
 from train.config import OptimizerConfig
 from train.metrics import global_loss_sums
 from train.optimizer import adamw
+from train.selftest_models import MODELS, UNPIPELINED, UNSPLIT, VARIANTS
 from train.step import StepEngine
 
 WORLD_SIZES = (1, 2, 4, 8)
@@ -49,7 +49,7 @@ class Case:
     parallel: ParallelConfig
     micro_batch_size: int = 1
     precision: Literal["fp32", "bf16"] = "fp32"
-    architecture: Literal["block", "vanilla"] = "block"
+    model: str = "block"  # one of selftest_models.MODELS
 
     @property
     def tolerance(self) -> float:
@@ -88,16 +88,6 @@ class Comparison:
         """Whether everything is within the case's tolerance."""
         scalars = max(self.loss, self.norm) <= self.case.tolerance
         return scalars and max(self.gradient, self.weight) <= self.case.tensor_tolerance
-
-
-def selftest_model(architecture: Literal["block", "vanilla"]) -> ModelConfig:
-    """A small model whose 7 target blocks per sequence divide by nothing but 7."""
-    stack = DecoderConfig(num_layers=2, hidden_size=32, num_attention_heads=4)
-    if architecture == "vanilla":
-        return ModelConfig(architecture="vanilla", vocab_size=96, sequence_length=32, decoder=stack)
-    return ModelConfig(
-        vocab_size=96, sequence_length=32, block_length=4, block_decoder=stack, token_decoder=stack, prefix_length=2
-    )
 
 
 def selftest_batch(config: ModelConfig, step: int) -> MicroBatch:
@@ -245,10 +235,10 @@ def _all_cases() -> list[Case]:
         case("TP2 + sequence parallel", tensor=2, sequence=True),
         case("TP2 + sequence parallel, ZeRO 0, recompute", tensor=2, sequence=True, zero=0, recompute=True),
         case("TP2 + sequence parallel, ZeRO 3", tensor=2, sequence=True, zero=3),
-        case("TP2 + sequence parallel, vanilla", tensor=2, sequence=True, architecture="vanilla"),
+        case("TP2 + sequence parallel, vanilla", tensor=2, sequence=True, model="vanilla"),
         case("TP2 + sequence parallel, bf16", tensor=2, sequence=True, precision="bf16"),
         *(case(f"PP2, ZeRO {zero}", pipeline=2, zero=zero) for zero in (0, 1, 2)),
-        case("PP2, vanilla, recompute", pipeline=2, architecture="vanilla", recompute=True),
+        case("PP2, vanilla, recompute", pipeline=2, model="vanilla", recompute=True),
         case("PP2, bf16", pipeline=2, precision="bf16"),
         *(case(f"DP2, ZeRO {zero}", data=2, zero=zero) for zero in (0, 1, 2, 3)),
         case("DP2, ZeRO 1, micro-batch 2", data=2, micro_batch_size=2),
@@ -262,6 +252,15 @@ def _all_cases() -> list[Case]:
         case("PP4", pipeline=4),
         case("TP2 x PP2 x DP2 + sequence parallel", tensor=2, pipeline=2, data=2, sequence=True),
         case("TP2 x PP2 x DP2, bf16", tensor=2, pipeline=2, data=2, precision="bf16"),
+        *(case(f"TP2, {name}", tensor=2, model=name) for name in ("Qwen3", "Qwen2, tied")),
+        case("TP2 + sequence parallel, ZeRO 3, Qwen2, tied", tensor=2, sequence=True, zero=3, model="Qwen2, tied"),
+        *(
+            case(f"TP2 + sequence parallel, {name}", tensor=2, sequence=True, model=name)
+            for name in VARIANTS
+            if name not in UNSPLIT
+        ),
+        *(case(f"PP2, {name}", pipeline=2, model=name) for name in VARIANTS if name not in UNPIPELINED),
+        case("TP2 x PP2, cross-attention", tensor=2, pipeline=2, model="cross-attention"),
     ]
 
 
@@ -275,11 +274,11 @@ def run_matrix(cases: list[Case], report: Callable[[Comparison], None]) -> list[
     baselines: dict[str, Trajectory] = {}
     comparisons = []
     for case in cases:
-        config = selftest_model(case.architecture)
-        if case.architecture not in baselines:
-            baselines[case.architecture] = baseline(config)
+        config = MODELS[case.model]
+        if case.model not in baselines:
+            baselines[case.model] = baseline(config)
         actual = train_case(config, case)
         if torch.distributed.get_rank() == 0:
-            comparisons.append(compare(case, baselines[case.architecture], actual))
+            comparisons.append(compare(case, baselines[case.model], actual))
             report(comparisons[-1])
     return comparisons

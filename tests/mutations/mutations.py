@@ -91,7 +91,7 @@ MUTATIONS = (
     ),
     Mutation(
         "prefix positions off by one (both prefix vectors at position 0)",
-        "parallel/layers.py",
+        "parallel/attention.py",
         "angles = torch.arange(length, dtype=torch.float32, device=device)[:, None] * frequencies",
         "positions = (torch.arange(length, dtype=torch.float32, device=device) - 1).clamp(min=0)\n"
         "    angles = positions[:, None] * frequencies",
@@ -100,8 +100,8 @@ MUTATIONS = (
     Mutation(
         "prefix positions off by one (the first token predicted one position early)",
         "parallel/pieces.py",
-        "return hidden[:, self.first_output :]",
-        "return hidden[:, self.first_output - 1 : -1]",
+        "first = config.leading_positions - 1",
+        "first = config.leading_positions - 2",
         GOLDEN + "[main_prefix_b4-nopad]",
     ),
     Mutation(

@@ -17,6 +17,7 @@ from parallel.inputs import MicroBatch, prepare_inputs
 from parallel.stage import Stage, build_stage
 from parallel.topology import initialize_topology
 from tests.processes import run_processes
+from train.selftest_models import MODELS, UNSPLIT, VARIANTS
 
 VOCAB_SIZE = 50304
 HEADS = {256: 8, 512: 8, 768: 12, 1024: 16, 2048: 16}
@@ -40,6 +41,7 @@ CONFIGS = {
     "own inner width": block(4, 2, stack(2, 32, inner=72), stack(2, 32, inner=40)),
     "long sequence": block(4, 2, stack(2, 16, 2), stack(1, 16, 2), sequence_length=512),
     "vanilla": ModelConfig(architecture="vanilla", vocab_size=96, sequence_length=64, decoder=stack(3, 32)),
+    **{name: MODELS[name] for name in VARIANTS},
 }
 configs = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
 
@@ -55,6 +57,11 @@ def counted_flops(stage: Stage, batch: MicroBatch) -> dict[str, int]:
                 hidden = stage.run(hidden, inputs, [name])
             counted[name] = counter.get_total_flops()
     return counted
+
+
+def parameters_of(stage: Stage, piece: str) -> list[torch.nn.Parameter]:
+    """A piece's parameters; a shared table belongs to the piece that comes first."""
+    return [parameter for name, parameter in stage.named_parameters() if name.startswith(f"{piece}.")]
 
 
 @configs
@@ -73,7 +80,7 @@ def test_flops_are_what_torch_counts(config: ModelConfig) -> None:
 def test_parameters_are_what_each_piece_holds(config: ModelConfig) -> None:
     stage = build_stage(config, ParallelConfig(), seed=None)
     for cost in piece_costs(config):
-        parameters = list(stage.piece(cost.name).parameters())
+        parameters = parameters_of(stage, cost.name)
         split = [one for one in parameters if getattr(one, "tensor_model_parallel", False)]
         assert cost.parameters == sum(one.numel() for one in parameters), cost.name
         assert cost.split_parameters == sum(one.numel() for one in split), cost.name
@@ -83,6 +90,8 @@ def test_parameters_are_what_each_piece_holds(config: ModelConfig) -> None:
 @configs
 def test_parameters_per_pipeline_stage(config: ModelConfig) -> None:
     layers = sum(one.num_layers for one in config.stacks)
+    if config.tie_word_embeddings:
+        layers = config.blocks.num_layers if config.is_block else 1
     for stages in range(1, layers + 1):
         built = [
             build_stage(config, ParallelConfig(pipeline=stages), seed=None, pipeline_rank=rank)
@@ -100,12 +109,12 @@ def _parameters_of_this_rank(cases: list[ModelConfig]) -> list[dict[str, int]]:
     held = []
     for config in cases:
         stage = build_stage(config, parallel, seed=None)
-        held.append({name: sum(one.numel() for one in stage.piece(name).parameters()) for name in stage.names})
+        held.append({name: sum(one.numel() for one in parameters_of(stage, name)) for name in stage.names})
     return held
 
 
 def test_parameters_per_tensor_parallel_rank() -> None:
-    cases = list(CONFIGS.values())
+    cases = [config for name, config in CONFIGS.items() if name not in UNSPLIT]
     for held in run_processes(2, _parameters_of_this_rank, cases):
         for config, pieces in zip(cases, held, strict=True):
             assert pieces == {cost.name: cost.parameters_per_rank(2) for cost in piece_costs(config)}

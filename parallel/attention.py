@@ -1,0 +1,128 @@
+"""Attention with the heads split over the tensor-parallel group: multi-head, grouped-query or multi-query."""
+
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from megatron.core import parallel_state
+from megatron.core.transformer import TransformerConfig
+from torch import Tensor, nn
+
+from parallel.component_config import BackboneConfig, DecoderConfig
+from parallel.linear import column_parallel, row_parallel
+from parallel.norms import build_head_norm
+
+
+@lru_cache(maxsize=16)
+def rotary_tables(length: int, size: int, base: float, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """Cosine and sine [length, size] of the rotary embedding (RoFormer, eq. 34), computed in fp32."""
+    frequencies = base ** -(torch.arange(0, size, 2, dtype=torch.float32, device=device) / size)
+    angles = torch.arange(length, dtype=torch.float32, device=device)[:, None] * frequencies
+    angles = torch.cat((angles, angles), dim=-1)
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def apply_rotary(states: Tensor, size: int, base: float) -> Tensor:
+    """Rotates the first `size` values of each head of [..., length, head_size] by position 0..length-1."""
+    cos, sin = rotary_tables(states.shape[-2], size, base, states.device, states.dtype)
+    rotated, passed = states[..., :size], states[..., size:]
+    first, second = rotated.chunk(2, dim=-1)
+    turned = torch.cat((-second, first), dim=-1)
+    return torch.cat((rotated * cos + turned * sin, passed), dim=-1)
+
+
+def _local_groups(stack: DecoderConfig) -> int:
+    """Key and value heads of this tensor-parallel rank."""
+    return stack.key_value_heads // parallel_state.get_tensor_model_parallel_world_size()
+
+
+class SelfAttention(nn.Module):
+    """Self-attention with rotary positions.
+
+    The rows of the fused matrix are laid out [group][query heads | key head | value head], one group per key and value
+    head; without grouping this is GPT-NeoX's layout.
+
+    Args:
+        stack: widths and heads.
+        backbone: biases, rotary embedding, query and key norms.
+        megatron: Megatron-core's settings.
+        sequence_first: hidden states are [length, batch, D] instead of [batch, length, D].
+    """
+
+    def __init__(
+        self, stack: DecoderConfig, backbone: BackboneConfig, megatron: TransformerConfig, sequence_first: bool
+    ) -> None:
+        super().__init__()
+        self.sequence_first = sequence_first
+        self.stack = stack
+        self.rotary_size = int(stack.head_size * backbone.rotary_fraction)
+        self.rotary_base = backbone.rotary_base
+        self.query_key_value = column_parallel(
+            stack.hidden_size, stack.query_key_value_size, megatron, bias=backbone.bias != "none"
+        )
+        self.dense = row_parallel(stack.attention_size, stack.hidden_size, megatron, bias=backbone.bias == "all")
+        self.query_norm: nn.Module | None = None
+        self.key_norm: nn.Module | None = None
+        if backbone.query_key_norm:
+            self.query_norm = build_head_norm(stack.head_size, backbone, megatron)
+            self.key_norm = build_head_norm(stack.head_size, backbone, megatron)
+
+    def forward(self, hidden: Tensor, mask: Tensor | None) -> Tensor:
+        """Attends within each sequence.
+
+        Args:
+            hidden: [length, batch, D] if sequence_first, else [batch, length, D]; the first dimension sharded under
+                sequence parallelism.
+            mask: bool, broadcast to [batch, heads, length, length], True = may attend; None = causal.
+        """
+        fused, _ = self.query_key_value(hidden)
+        rows, columns, _ = fused.shape
+        query, key, value = self._heads(fused)
+        context = F.scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, is_causal=mask is None, enable_gqa=self.stack.queries_per_group > 1
+        )
+        context = context.permute(2, 0, 1, 3) if self.sequence_first else context.permute(0, 2, 1, 3)
+        output, _ = self.dense(context.reshape(rows, columns, -1))
+        return output
+
+    def _heads(self, fused: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Query [batch, heads, length, head_size], key and value [batch, groups, length, head_size]."""
+        rows, columns, _ = fused.shape
+        queries = self.stack.queries_per_group
+        heads = fused.view(rows, columns, _local_groups(self.stack), queries + 2, self.stack.head_size)
+        heads = heads.permute(1, 2, 3, 0, 4) if self.sequence_first else heads.permute(0, 2, 3, 1, 4)
+        query, key, value = heads[:, :, :queries].flatten(1, 2), heads[:, :, queries], heads[:, :, queries + 1]
+        if self.query_norm is not None and self.key_norm is not None:
+            query, key = self.query_norm(query), self.key_norm(key)
+        if self.rotary_size:
+            query = apply_rotary(query, self.rotary_size, self.rotary_base)
+            key = apply_rotary(key, self.rotary_size, self.rotary_base)
+        return query, key, value
+
+
+class CrossAttention(nn.Module):
+    """Attention from a block's tokens to its context vectors, without positions: each context vector has its own role.
+
+    The rows of the key and value matrix are laid out [head][key | value].
+    """
+
+    def __init__(self, stack: DecoderConfig, backbone: BackboneConfig, megatron: TransformerConfig) -> None:
+        super().__init__()
+        self.stack = stack
+        key_value_size = 2 * stack.key_value_heads * stack.head_size
+        biases = backbone.bias != "none"
+        self.query = column_parallel(stack.hidden_size, stack.attention_size, megatron, bias=biases)
+        self.key_value = column_parallel(stack.hidden_size, key_value_size, megatron, bias=biases)
+        self.dense = row_parallel(stack.attention_size, stack.hidden_size, megatron, bias=backbone.bias == "all")
+
+    def forward(self, hidden: Tensor, context: Tensor) -> Tensor:
+        """Tokens [batch, length, D] attend to all context vectors [batch, K, D] of their block."""
+        query, _ = self.query(hidden)
+        key_value, _ = self.key_value(context)
+        batch, length, _ = query.shape
+        query = query.view(batch, length, -1, self.stack.head_size).transpose(1, 2)
+        key_value = key_value.view(batch, key_value.shape[1], _local_groups(self.stack), -1).transpose(1, 2)
+        key, value = key_value.chunk(2, dim=-1)
+        attended = F.scaled_dot_product_attention(query, key, value, enable_gqa=self.stack.queries_per_group > 1)
+        output, _ = self.dense(attended.transpose(1, 2).reshape(batch, length, -1))
+        return output

@@ -1,0 +1,100 @@
+"""Megatron-core's tensor-parallel linear layers and embedding table, and how their parameters are marked."""
+
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+    set_tensor_model_parallel_attributes,
+)
+from megatron.core.transformer import TransformerConfig
+from torch import Tensor, nn
+
+
+def _no_initialization(weight: Tensor) -> None:
+    """Weights are set by parallel.initialization, by name, alike under every layout."""
+
+
+def mark_split(weight: nn.Parameter, axis: int) -> None:
+    """Marks a weight as split along an axis; Megatron-core does so only when it initializes the weight itself."""
+    set_tensor_model_parallel_attributes(weight, is_parallel=True, dim=axis, stride=1)
+
+
+def mark_partial_gradient(module: nn.Module, partial: bool) -> None:
+    """Marks replicated parameters whose gradient on each rank is only a part and must be summed over TP.
+
+    So it is under sequence parallelism, where each rank sees only its own rows, and where each rank has its own heads.
+    The attribute is the one that Megatron-core sets on the biases of its row-parallel layers.
+    """
+    for parameter in module.parameters(recurse=False):
+        parameter.sequence_parallel = partial  # type: ignore[attr-defined]
+
+
+def column_parallel(
+    inputs: int, outputs: int, megatron: TransformerConfig, bias: bool = True, own_weight: bool = True
+) -> ColumnParallelLinear:
+    """Linear layer whose output features are split over the tensor-parallel group.
+
+    Args:
+        inputs: input features.
+        outputs: output features.
+        megatron: Megatron-core's settings.
+        bias: whether it has a bias.
+        own_weight: False leaves the weight out; it is tied to another layer's afterwards.
+    """
+    layer = ColumnParallelLinear(
+        inputs,
+        outputs,
+        config=megatron,
+        init_method=_no_initialization,
+        bias=bias,
+        gather_output=False,
+        skip_weight_param_allocation=not own_weight,
+        tp_group=parallel_state.get_tensor_model_parallel_group(),
+    )
+    if own_weight:
+        mark_split(layer.weight, axis=0)
+    return layer
+
+
+def row_parallel(inputs: int, outputs: int, megatron: TransformerConfig, bias: bool = True) -> RowParallelLinear:
+    """Linear layer whose input features are split over the tensor-parallel group."""
+    layer = RowParallelLinear(
+        inputs,
+        outputs,
+        config=megatron,
+        init_method=_no_initialization,
+        bias=bias,
+        input_is_parallel=True,
+        skip_bias_add=False,
+        tp_group=parallel_state.get_tensor_model_parallel_group(),
+    )
+    mark_split(layer.weight, axis=1)
+    return layer
+
+
+def replicated(inputs: int, outputs: int, megatron: TransformerConfig) -> nn.Linear:
+    """Linear layer that every tensor-parallel rank holds whole and applies to its own rows."""
+    layer = nn.Linear(inputs, outputs, dtype=megatron.params_dtype)
+    mark_partial_gradient(layer, megatron.sequence_parallel)
+    return layer
+
+
+class TokenEmbedding(VocabParallelEmbedding):
+    """Embedding table split over the vocabulary; looks rows of ids up as [rows, columns, width]."""
+
+    def __init__(self, vocab_size: int, width: int, megatron: TransformerConfig) -> None:
+        super().__init__(
+            vocab_size,
+            width,
+            init_method=_no_initialization,
+            reduce_scatter_embeddings=megatron.sequence_parallel,
+            config=megatron,
+            tp_group=parallel_state.get_tensor_model_parallel_group(),
+        )
+        mark_split(self.weight, axis=0)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Looks ids [rows, columns] up; rows are scattered over TP under sequence parallelism."""
+        # Megatron-core's reduce-scatter transposes [columns, rows] into rows first; its all-reduce does not.
+        return super().forward(ids.t().contiguous() if self.reduce_scatter_embeddings else ids)
