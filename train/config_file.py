@@ -19,8 +19,9 @@ PATH_FIELDS = (("run", "root"), ("data", "path"), ("data", "tokenizer"))
 def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Loads and checks a run's configuration.
 
-    A file may name another one in `base`, relative to itself; its own values win. Relative paths in a file start at the
-    repository, those in overrides at the working directory.
+    A file may name another one in `base`, or a list of them, relative to itself; later ones win over earlier ones, and
+    its own values over all. Relative paths in a file start at the repository, those in overrides at the working
+    directory.
 
     Args:
         path: YAML file with the sections of RunConfig.
@@ -65,10 +66,17 @@ def _read_yaml(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
         raise ConfigurationError(f"config {path} cannot be read as YAML: {reason}") from None
     if not isinstance(values, dict):
         raise ConfigurationError(f"config {path} must hold sections such as model: and train:, not {values!r}")
-    base = values.pop("base", None)
-    if base is None:
-        return values
-    return _merge(_read_yaml(path.parent / str(base), (*seen, path.resolve())), values)
+    merged: dict[str, Any] = {}
+    for base in _bases(values.pop("base", None), path):
+        merged = _merge(merged, _read_yaml(path.parent / base, (*seen, path.resolve())))
+    return _merge(merged, values)
+
+
+def _bases(value: Any, path: Path) -> list[str]:
+    bases = value if isinstance(value, list) else [] if value is None else [value]
+    if not all(isinstance(base, str) for base in bases):
+        raise ConfigurationError(f"config {path}: base={value!r} is not the name of a file or a list of such names")
+    return bases
 
 
 def _merge(base: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:

@@ -13,8 +13,9 @@ HEADER = """# Configuration
 
 Every field of a run's YAML file, written by `python tools/document_config.py` from the descriptions in the code.
 On the command line a field is `section.field=value`, such as `model.block_decoder.num_layers=4`. A file may name
-another one in `base`, relative to itself, and state only what differs. Relative paths start at the repository if they
-stand in a file, and at the working directory if they stand on the command line.
+another one in `base`, relative to itself, and state only what differs; `base` may be a list, where later files win over
+earlier ones. Relative paths start at the repository if they stand in a file, and at the working directory if they stand
+on the command line.
 """
 # How pydantic's metadata names bounds, and how they are shown.
 BOUNDS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}

@@ -31,6 +31,27 @@ def test_base_is_merged_section_by_section(tmp_path: Path) -> None:
     assert child.train == parent.train
 
 
+def test_of_several_bases_later_ones_win_and_own_values_win_over_all(tmp_path: Path) -> None:
+    (tmp_path / "deep.yaml").write_text("train: {steps: 1, micro_batch_size: 2}")
+    (tmp_path / "size.yaml").write_text("base: deep.yaml\nmodel: {block_decoder: {num_layers: 5}}")
+    (tmp_path / "batch.yaml").write_text("train: {steps: 700, global_batch_size: 6}")
+    bases = [str(QUICKSTART), "size.yaml", "batch.yaml"]
+    own = {"run": {"name": "child"}, "train": {"global_batch_size": 16}}
+    (tmp_path / "child.yaml").write_text(yaml.safe_dump({"base": bases, **own}))
+    child = load_config(tmp_path / "child.yaml")
+    assert (child.train.steps, child.train.micro_batch_size, child.train.global_batch_size) == (700, 2, 16)
+    assert child.model.blocks.num_layers == 5
+    assert child.optimizer == load_config(QUICKSTART).optimizer
+
+
+@pytest.mark.parametrize("base", [7, {"a": "b.yaml"}, ["a.yaml", None]])
+def test_a_base_that_is_no_file_name_is_an_error(base: object, tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text(yaml.safe_dump({"run": {"name": "a"}}))
+    (tmp_path / "child.yaml").write_text(yaml.safe_dump({"base": base}))
+    with pytest.raises(ConfigurationError, match=r"child.yaml: base=.* is not the name of a file"):
+        load_config(tmp_path / "child.yaml")
+
+
 def test_base_circle_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "a.yaml").write_text("base: b.yaml")
     (tmp_path / "b.yaml").write_text("base: a.yaml")
@@ -70,7 +91,9 @@ def test_unknown_fields_get_a_field_as_hint(override: str, nearest: str) -> None
         load_config(QUICKSTART, [override])
 
 
-@pytest.mark.parametrize("name", ["optimizer.learning_rate", "optimizer.clip_gradient_norm", "model.rotary_base"])
+@pytest.mark.parametrize(
+    "name", ["optimizer.learning_rate", "optimizer.clip_gradient_norm", "model.backbone.rotary_base"]
+)
 def test_infinite_numbers_are_refused(name: str) -> None:
     with pytest.raises(ConfigurationError, match=f"{name}=inf is not allowed: input should be a finite number"):
         load_config(QUICKSTART, [f"{name}=.inf"])
