@@ -3,6 +3,7 @@
 import errno
 import hashlib
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -67,6 +68,14 @@ def storage_error(path: Path, error: OSError, needed: int | None = None) -> Chec
     else:
         fix = "check the file system, older checkpoints are untouched"
     return CheckpointError(f"cannot write {path} ({wanted}{_free_bytes(path)} bytes free): {cause}; {fix}")
+
+
+def as_os_error(error: Exception) -> OSError:
+    """The system's error behind an exception; safetensors gives its number only in words."""
+    if isinstance(error, OSError):
+        return error
+    number = re.search(r"os error (\d+)", str(error))
+    return OSError(int(number.group(1)) if number else errno.EIO, str(error))
 
 
 def _free_bytes(path: Path) -> int:

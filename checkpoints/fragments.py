@@ -1,9 +1,7 @@
 """Layout-free tensors: written as flat pieces of slices, read back for any other split."""
 
 import difflib
-import errno
 import math
-import re
 from collections import defaultdict
 from collections.abc import Sequence
 from contextlib import suppress
@@ -16,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from checkpoints.errors import CheckpointError
-from checkpoints.files import storage_error
+from checkpoints.files import as_os_error, storage_error
 from checkpoints.records import FileRecord, Fragment, Manifest, read_manifest, record_file, slice_box
 
 __all__ = ["FileRecord", "Fragment", "FragmentReader", "write_fragments"]
@@ -52,7 +50,7 @@ def write_fragments(path: Path, fragments: Sequence[tuple[Fragment, torch.Tensor
     except (OSError, SafetensorError) as error:
         with suppress(OSError):
             path.unlink(missing_ok=True)
-        raise storage_error(path, _as_os_error(error), needed) from error
+        raise storage_error(path, as_os_error(error), needed) from error
 
 
 def _check_tensor(fragment: Fragment, tensor: torch.Tensor) -> None:
@@ -70,14 +68,6 @@ def _without_overlaps(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tenso
         result[key] = tensor.clone() if tensor.data_ptr() < reached else tensor
         reached = max(reached, tensor.data_ptr() + BYTES_PER_ELEMENT * tensor.numel())
     return result
-
-
-def _as_os_error(error: Exception) -> OSError:
-    """The system's error behind an exception; safetensors gives its number only in words."""
-    if isinstance(error, OSError):
-        return error
-    number = re.search(r"os error (\d+)", str(error))
-    return OSError(int(number.group(1)) if number else errno.EIO, str(error))
 
 
 class FragmentReader:

@@ -15,6 +15,8 @@ from data.config import DataConfig
 from parallel.config import ModelConfig, ParallelConfig
 from parallel.stage import Stage, build_stage
 
+TOKENIZER_NAMES = ("tokenizer.json", "tokenizer.model")
+
 
 class _SavedConfig(BaseModel):
     """The sections of a run's configuration that describe its model; the others are not read."""
@@ -22,7 +24,7 @@ class _SavedConfig(BaseModel):
     model_config = ConfigDict(extra="ignore", frozen=True)
 
     model: ModelConfig
-    data: DataConfig
+    data: DataConfig | None = None
 
 
 @dataclass(frozen=True)
@@ -33,15 +35,28 @@ class TrainedModel:
         path: The step directory.
         step: Optimizer step.
         model: Settings of the model.
-        data: What it was trained on.
+        data: What it was trained on; None if it was imported.
         skipped: Newer steps that were passed over, each with the reason.
     """
 
     path: Path
     step: int
     model: ModelConfig
-    data: DataConfig
+    data: DataConfig | None
     skipped: tuple[tuple[int, str], ...] = ()
+
+    @property
+    def folder(self) -> Path:
+        """The run's folder, or that of the import."""
+        return self.path.parent.parent
+
+    @property
+    def tokenizer(self) -> Path | None:
+        """The tokenizer that was imported with the weights, if any."""
+        if self.data is not None:
+            return None
+        found = (self.folder / name for name in TOKENIZER_NAMES)
+        return next((path for path in found if path.is_file()), None)
 
     def load(self, parallel: ParallelConfig | None = None, dtype: torch.dtype = torch.float32) -> Stage:
         """Builds this rank's stage with the stored weights, for inference; the topology must be initialized.
@@ -66,7 +81,7 @@ def find_trained_model(path: Path) -> TrainedModel:
         path: A run's folder or its `checkpoints/` folder, for the newest intact step; or one step directory.
 
     Raises:
-        CheckpointError: There is no checkpoint, none is intact, or it was not written by a run of this system.
+        CheckpointError: There is no checkpoint, none is intact, or it was written by something else.
     """
     if not path.is_dir():
         raise CheckpointError(
@@ -95,6 +110,6 @@ def _trained_model(
         name = ".".join(("config", *map(str, first["loc"])))
         raise CheckpointError(
             f"{path} records no usable configuration ({name}: {first['msg'].lower()}); use a checkpoint written by "
-            "tools/pretrain.py of this version"
+            "tools/pretrain.py or tools/convert_checkpoint.py of this version"
         ) from None
     return TrainedModel(path, step, config.model, config.data, skipped)

@@ -10,19 +10,26 @@ from inference.errors import InferenceError
 from parallel.config import ModelConfig
 
 
-def tokenizer_of(model: ModelConfig, data: DataConfig, path: Path | None = None) -> Tokenizer:
+def tokenizer_of(model: ModelConfig, data: DataConfig | None, path: Path | None = None) -> Tokenizer:
     """Loads the tokenizer of a trained model.
 
     Args:
         model: Settings of the model.
-        data: What it was trained on.
+        data: What it was trained on; None if that is not known.
         path: Tokenizer file to use instead of the one recorded there.
 
     Raises:
-        InferenceError: The training data is gone, or the tokenizer has more tokens than the model.
+        InferenceError: The training data is gone or unknown, or the tokenizer has more tokens than the model.
         DataError: The tokenizer cannot be read, or is not the one the training data was made with.
     """
-    tokenizer = load_tokenizer(path) if path is not None else _recorded_tokenizer(data)
+    if path is not None:
+        tokenizer = load_tokenizer(path)
+    elif data is not None:
+        tokenizer = _recorded_tokenizer(data)
+    else:
+        raise InferenceError(
+            "the model was imported without a tokenizer; give it with --tokenizer FILE, or import it again with one"
+        )
     if tokenizer.vocab_size > model.vocab_size:
         raise InferenceError(
             f"tokenizer {tokenizer.path} has {tokenizer.vocab_size} tokens, the model knows {model.vocab_size}; "

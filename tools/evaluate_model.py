@@ -47,6 +47,11 @@ def main() -> None:
     trained = find_trained_model(arguments.checkpoint.absolute())
     for step, reason in trained.skipped:
         print(f"warning: step {step} is skipped: {reason}", file=sys.stderr)
+    if trained.data is None:
+        raise ConfigurationError(
+            f"--checkpoint {arguments.checkpoint} was imported, so it has no validation split of its own; evaluate a "
+            "run of tools/pretrain.py"
+        )
     stream = SequenceStream(
         trained.data,
         "validation",
@@ -58,7 +63,7 @@ def main() -> None:
         result = evaluate_language_modeling(trained.load(), stream, arguments.sequences, arguments.batch_size)
     finally:
         torch.distributed.destroy_process_group()
-    print(f"step {trained.step} of {trained.path.parent.parent.name}")
+    print(f"step {trained.step} of {trained.folder.name}")
     print("\n".join(result.lines()))
     if arguments.json is not None:
         _write(arguments.json, json.dumps({"step": trained.step, **asdict(result)}, indent=1) + "\n")

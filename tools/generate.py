@@ -38,7 +38,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--temperature", type=float, default=0.0, metavar="T", help="0: always the most likely token (default)")
     add("--top-p", type=float, default=1.0, metavar="P", help="draw from the smallest set of this probability")
     add("--seed", type=int, default=0, metavar="S", help="seed of the draws (default 0)")
-    add("--tokenizer", type=Path, metavar="FILE", help="tokenizer (default: the one of the training data)")
+    add("--tokenizer", type=Path, metavar="FILE", help="tokenizer (default: that of the data or the import)")
     return parser.parse_args()
 
 
@@ -49,7 +49,7 @@ def main() -> None:
     trained = find_trained_model(arguments.checkpoint)
     for step, reason in trained.skipped:
         print(f"warning: step {step} is skipped: {reason}", file=sys.stderr)
-    tokenizer = tokenizer_of(trained.model, trained.data, arguments.tokenizer)
+    tokenizer = tokenizer_of(trained.model, trained.data, arguments.tokenizer or trained.tokenizer)
     start_single_process()
     try:
         generator = Generator(trained.load(), tokenizer.eos_id, tokenizer.vocab_size)
