@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+import tools.pretrain
+
 ROOT = Path(__file__).resolve().parents[1]
 FLOORS = {
     "tools": 5,
@@ -143,11 +145,29 @@ def test_no_notes_to_self() -> None:
     assert found == []
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("**/*.yaml")), ids=relative)
-def test_shipped_configs_can_run(path: Path, tmp_path: Path) -> None:
+def shipped_configs() -> list[Path]:
+    """All files of configs/ but those that only others build on."""
+    return sorted(path for path in (ROOT / "configs").rglob("*.yaml") if path.parent.name != "base")
+
+
+@pytest.mark.parametrize("path", shipped_configs(), ids=relative)
+def test_shipped_configs_can_run(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """From another folder, since paths in a configuration start at the repository."""
-    command = [sys.executable, ROOT / "tools" / "pretrain.py", path, "--dry-run"]
-    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    assert re.search(r"^parameters: \d+$", result.stdout, flags=re.MULTILINE)
-    assert yaml.safe_load(result.stdout.partition("\n\n")[0])["run"]["root"] == str(ROOT / "runs")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["pretrain.py", str(path), "--dry-run"])
+    assert tools.pretrain.main() == 0
+    printed = capsys.readouterr().out
+    assert re.search(r"^parameters: \d+$", printed, flags=re.MULTILINE)
+    run = yaml.safe_load(printed.partition("\n\n")[0])["run"]
+    assert run["root"] == str(ROOT / "runs")
+    assert run["name"] == path.stem
+
+
+def test_every_base_of_configs_is_used() -> None:
+    used: set[Path] = set()
+    for path in (ROOT / "configs").rglob("*.yaml"):
+        bases = yaml.safe_load(path.read_text()).get("base", [])
+        used |= {(path.parent / base).resolve() for base in ([bases] if isinstance(bases, str) else bases)}
+    assert set((ROOT / "configs" / "base").iterdir()) <= used
