@@ -78,12 +78,15 @@ class SelfAttention(nn.Module):
         fused, _ = self.query_key_value(hidden)
         rows, columns, _ = fused.shape
         query, key, value = self._heads(fused)
-        context = F.scaled_dot_product_attention(
-            query, key, value, attn_mask=mask, is_causal=mask is None, enable_gqa=self.stack.queries_per_group > 1
-        )
+        context = self._attend(query, key, value, mask)
         context = context.permute(2, 0, 1, 3) if self.sequence_first else context.permute(0, 2, 1, 3)
         output, _ = self.dense(context.reshape(rows, columns, -1))
         return output
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+        return F.scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, is_causal=mask is None, enable_gqa=self.stack.queries_per_group > 1
+        )
 
     def _heads(self, fused: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Query [batch, heads, length, head_size], key and value [batch, groups, length, head_size]."""

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from parallel.attention import SelfAttention
 from parallel.component_config import BackboneConfig, DecoderConfig, EncoderConfig
 from parallel.feed_forward import FeedForward
-from parallel.linear import TokenEmbedding, mark_partial_gradient
+from parallel.linear import TokenEmbedding, local_rows, mark_partial_gradient
 from parallel.norms import build_norm
 
-FIRST_POSITION = 2  # RoBERTa counts positions from its padding id plus one
+PADDING_ID = 1  # RoBERTa's: it counts positions from the id after it, and does not count padding
 BACKBONE = BackboneConfig(rotary_fraction=0.0)
 
 
@@ -36,8 +36,28 @@ class Dropout:
         return hidden * (drawn >= self.rate).to(hidden.dtype) / (1.0 - self.rate)
 
 
+def _positions(ids: Tensor) -> Tensor:
+    """Position of each token [rows, T] in its block; the first is 2."""
+    counted = (ids != PADDING_ID).long()
+    return counted.cumsum(dim=1) * counted + PADDING_ID
+
+
 def _keep(hidden: Tensor) -> Tensor:
     return hidden
+
+
+class EncoderAttention(SelfAttention):
+    """Attention in both directions; its mask [rows, 1, 1, T] is True where a key is real.
+
+    As in the reference, a block of nothing but padding attends evenly to all of itself. Written out, because the
+    gradients of fused kernels are wrong there: they rebuild the probabilities from a rounded normalizer.
+    """
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+        assert mask is not None
+        scores = query @ key.transpose(-1, -2) * self.stack.head_size**-0.5
+        scores = scores + torch.zeros_like(mask, dtype=scores.dtype).masked_fill(~mask, torch.finfo(scores.dtype).min)
+        return scores.softmax(dim=-1) @ value
 
 
 class EncoderLayer(nn.Module):
@@ -45,7 +65,7 @@ class EncoderLayer(nn.Module):
 
     def __init__(self, stack: DecoderConfig, megatron: TransformerConfig) -> None:
         super().__init__()
-        self.attention = SelfAttention(stack, BACKBONE, megatron, sequence_first=False)
+        self.attention = EncoderAttention(stack, BACKBONE, megatron, sequence_first=False)
         self.attention_norm = build_norm(stack.hidden_size, BACKBONE, megatron)
         self.feed_forward = FeedForward(stack, BACKBONE, megatron)
         self.feed_forward_norm = build_norm(stack.hidden_size, BACKBONE, megatron)
@@ -80,17 +100,17 @@ class RobertaEncoder(nn.Module):
 
         Args:
             ids: int64 [rows, T].
-            valid: bool [rows, T], False marks padding; a row of nothing else attends to all of itself.
+            valid: bool [rows, T], False marks padding.
 
         Returns:
             [rows, T, W], this rank's rows.
         """
         dropout = self._dropout(ids)
-        positions = torch.arange(ids.shape[1], device=ids.device) + FIRST_POSITION
+        positions = local_rows(_positions(ids), self.megatron)
         places = self.position_embedding(positions) + self.token_type_embedding(torch.zeros_like(positions))
         hidden = self.norm(self.word_embedding(ids) + places)
         hidden = dropout(hidden) if dropout else hidden
-        mask = (valid | ~valid.any(dim=1, keepdim=True))[:, None, None, :]
+        mask = valid[:, None, None, :]
         for layer in self.layers:
             hidden = layer(hidden, mask, dropout)
         return hidden

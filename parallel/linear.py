@@ -98,3 +98,11 @@ class TokenEmbedding(VocabParallelEmbedding):
         """Looks ids [rows, columns] up; rows are scattered over TP under sequence parallelism."""
         # Megatron-core's reduce-scatter transposes [columns, rows] into rows first; its all-reduce does not.
         return super().forward(ids.t().contiguous() if self.reduce_scatter_embeddings else ids)
+
+
+def local_rows(values: Tensor, megatron: TransformerConfig) -> Tensor:
+    """This rank's rows of values that every rank has; all of them without sequence parallelism."""
+    if not megatron.sequence_parallel:
+        return values
+    size = len(values) // parallel_state.get_tensor_model_parallel_world_size()
+    return values.narrow(0, parallel_state.get_tensor_model_parallel_rank() * size, size)
