@@ -14,6 +14,7 @@ from parallel.topology import initialize_topology
 from tests.golden_reference import BLOCK_VARIANTS, golden_stage
 from tests.inference.models import PAD_ID, VOCAB_SIZE, forward_logits, random_prompt, small_config, small_stage
 from tests.processes import run_processes
+from train.selftest_models import MODELS, VARIANTS
 
 GOLDEN_CASES = [
     *((name, "forward_greedy") for name in BLOCK_VARIANTS),
@@ -53,7 +54,18 @@ def check_teacher_forced(stage: Stage, prompt: list[int], tokens: list[int]) -> 
 
 @pytest.mark.parametrize(("architecture", "length", "prefix"), SHAPES)
 def test_mixed_lengths_follow_the_training_forward_pass(architecture: Any, length: int, prefix: int) -> None:
-    stage = small_stage(small_config(architecture, length, prefix))
+    check_mixed_lengths(small_stage(small_config(architecture, length, prefix)))
+
+
+@pytest.mark.filterwarnings("ignore:prompt and new tokens")
+@pytest.mark.parametrize("name", VARIANTS)
+def test_variants_follow_the_training_forward_pass(name: str) -> None:
+    shape = {"vocab_size": VOCAB_SIZE, "initializer_std": 0.6}
+    check_mixed_lengths(small_stage(MODELS[name].model_copy(update=shape)))
+
+
+def check_mixed_lengths(stage: Stage) -> None:
+    length = stage.model_config.unit_length
     prompts = [random_prompt(n) for n in (*range(1, 2 * length + 2), 5 * length + 1)]
     count = max(2 * length + 1, 9)
     together = Generator(stage, PAD_ID).generate(prompts, count)

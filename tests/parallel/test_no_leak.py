@@ -15,6 +15,7 @@ from parallel.stage import Stage, build_stage
 from parallel.structure import piece_names
 from parallel.topology import coordinates, initialize_topology
 from tests.processes import run_processes
+from train.selftest_models import MODELS, VARIANTS
 
 VOCAB_SIZE = 32
 LENGTH = 16
@@ -88,6 +89,15 @@ def logits_for_each_change(stage: Stage, batch: MicroBatch) -> dict[int, Tensor]
 @pytest.mark.parametrize(("architecture", "length", "prefix"), SHAPES)
 def test_no_logit_sees_a_later_token(architecture: str, length: int, prefix: int, padding: str) -> None:
     stage = build_stage(small_config(architecture, length, prefix), ParallelConfig())
+    batch = padded_batch(padding)
+    check_causality(stage.model_config, logits_for_each_change(stage, batch), shown=1)
+
+
+@pytest.mark.parametrize("padding", PADDINGS)
+@pytest.mark.parametrize("name", VARIANTS)
+def test_no_logit_of_a_variant_sees_a_later_token(name: str, padding: str) -> None:
+    shape = {"vocab_size": VOCAB_SIZE, "sequence_length": LENGTH, "initializer_std": 0.5}
+    stage = build_stage(MODELS[name].model_copy(update=shape), ParallelConfig())
     batch = padded_batch(padding)
     check_causality(stage.model_config, logits_for_each_change(stage, batch), shown=1)
 
