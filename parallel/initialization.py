@@ -24,11 +24,12 @@ def initialize_weights(module: nn.Module, config: ModelConfig, seed: int) -> Non
     with torch.no_grad():
         for name, parameter in module.named_parameters():
             shard = parameter_shard(parameter)
-            full = _initial_tensor(name, shard.global_shape, config, seed)
+            full = initial_tensor(name, shard.global_shape, config, seed)
             parameter.copy_(local_slice(full, shard))
 
 
-def _initial_tensor(name: str, shape: tuple[int, ...], config: ModelConfig, seed: int) -> Tensor:
+def initial_tensor(name: str, shape: tuple[int, ...], config: ModelConfig, seed: int) -> Tensor:
+    """The whole initial value of a parameter, fp32, by its global name and shape."""
     if name.endswith(".bias"):
         return torch.zeros(shape)
     if len(shape) == 1:

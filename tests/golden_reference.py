@@ -88,7 +88,7 @@ class GoldenSet:
 
     def gradients(self, case: str) -> dict[str, Tensor]:
         """The recorded gradients of a case under our names."""
-        return _rename(load_file(GOLDEN / self.name / f"grads_{case}.safetensors"), self.config)
+        return rename(load_file(GOLDEN / self.name / f"grads_{case}.safetensors"), self.config)
 
 
 def load_golden(name: str) -> GoldenSet:
@@ -100,7 +100,7 @@ def load_golden(name: str) -> GoldenSet:
     return GoldenSet(
         name=name,
         config=config,
-        weights=_rename(weights, config),
+        weights=rename(weights, config),
         inputs=load_file(folder / "inputs.safetensors"),
         outputs=outputs,
         generation=load_file(folder / "generation.safetensors"),
@@ -153,7 +153,7 @@ def _vanilla_config(weights: dict[str, Tensor]) -> ModelConfig:
     return ModelConfig(architecture="vanilla", vocab_size=vocab_size, sequence_length=32, decoder=_stack(4, width))
 
 
-def _rename(tensors: dict[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
+def rename(tensors: dict[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
     """Our name for each reference tensor; drops the tables the reference never uses."""
     renamed = _encoder_attention(tensors)
     for key, value in tensors.items():

@@ -21,6 +21,11 @@ class RunSection(BaseModel):
     )
     root: Path = Field(default=REPOSITORY / "runs", description="Folder that holds all runs.")
     seed: int = Field(default=0, ge=0, description="Seed of the initial weights.")
+    initial_weights: Path | None = Field(
+        default=None,
+        description="Run, step or imported checkpoint (tools/convert_checkpoint.py) whose weights a new run starts "
+        "from; by default they are drawn.",
+    )
 
 
 class OptimizerConfig(BaseModel):

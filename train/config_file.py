@@ -13,7 +13,7 @@ from pydantic import BaseModel, ValidationError
 from parallel.errors import ConfigurationError
 from train.config import REPOSITORY, RunConfig
 
-PATH_FIELDS = (("run", "root"), ("data", "path"), ("data", "tokenizer"))
+PATH_FIELDS = (("run", "root"), ("run", "initial_weights"), ("data", "path"), ("data", "tokenizer"))
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:

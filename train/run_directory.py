@@ -24,6 +24,7 @@ from train.config_file import config_text
 # What may differ between attempts of one run: the result is the same, or the data's fingerprint decides.
 CHANGEABLE = (
     "run.root",
+    "run.initial_weights",  # read before the first step only
     "parallel.",
     "data.path",
     "data.tokenizer",

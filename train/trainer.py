@@ -4,12 +4,14 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from enum import Enum
+from pathlib import Path
 
 import torch
 
 from checkpoints.engine_state import load_optimizer, load_weights
 from checkpoints.fragments import FragmentReader
 from checkpoints.store import LoadedCheckpoint
+from checkpoints.trained_model import find_trained_model
 from parallel.cpu_adaptation import compute_device
 from parallel.errors import ConfigurationError
 from parallel.stage import build_stage
@@ -98,20 +100,25 @@ class Trainer:
     def _build(self, checkpoint: LoadedCheckpoint | None) -> None:
         config = self.config
         dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
-        stage = build_stage(config.model, config.parallel, dtype, None if checkpoint else config.run.seed)
-        self.progress = Progress(0, 0, 0, self.stream.fingerprint)
-        if checkpoint:
-            self.progress = self._checked_progress(checkpoint)
-        reader = FragmentReader(checkpoint.path) if checkpoint else None
+        self.progress = self._checked_progress(checkpoint) if checkpoint else Progress(0, 0, 0, self.stream.fingerprint)
+        source = checkpoint.path if checkpoint else self._initial_weights()
+        stage = build_stage(config.model, config.parallel, dtype, None if source else config.run.seed)
+        reader = FragmentReader(source) if source else None
         if reader:
             load_weights(stage, reader)
         self.engine = StepEngine(
             stage, config.parallel, config.optimizer, config.train.precision, config.train.micro_batch_size
         )
-        if reader:
+        if reader and checkpoint:
             load_optimizer(self.engine.engine, reader, self.progress.optimizer_steps)
+        if reader:
             reader.close()
         self._announce(checkpoint)
+
+    def _initial_weights(self) -> Path | None:
+        """The step directory whose weights a new run starts from, found and verified by rank 0."""
+        path = self.config.run.initial_weights
+        return on_rank_zero(lambda: find_trained_model(path).path) if path else None
 
     def _checked_progress(self, checkpoint: LoadedCheckpoint) -> Progress:
         progress = progress_of(checkpoint)
@@ -131,7 +138,9 @@ class Trainer:
         if checkpoint:
             print(f"resuming run {self.config.run.name} at step {checkpoint.step} from {checkpoint.path}", flush=True)
         else:
-            print(f"starting run {self.config.run.name} in {self.directory.path}", flush=True)
+            weights = self.config.run.initial_weights
+            source = f" from the weights in {weights}" if weights else ""
+            print(f"starting run {self.config.run.name} in {self.directory.path}{source}", flush=True)
         print(self.stream.describe(), flush=True)
 
     def _monitor(self) -> Monitor:
