@@ -1,0 +1,70 @@
+"""Model and layout settings that do not fit are refused with the field, the value and the fix."""
+
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from parallel.component_config import DecoderConfig, EmbedderConfig
+from parallel.config import ModelConfig, ParallelConfig, check_layout
+from train.selftest_models import MODELS
+
+STACK = {"num_layers": 2, "hidden_size": 32, "num_attention_heads": 4}
+
+
+def model(**changes: Any) -> ModelConfig:
+    values = {"vocab_size": 96, "sequence_length": 32, "block_decoder": STACK, "token_decoder": STACK}
+    return ModelConfig.model_validate(values | changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"block_decoder": {**STACK, "num_key_value_heads": 3}}, "num_attention_heads=4 .*num_key_value_heads=3"),
+        ({"block_decoder": {**STACK, "num_attention_heads": 5}}, "hidden_size=32 .*num_attention_heads=5"),
+        ({"backbone": {"rotary_fraction": 0.4}}, "backbone.rotary_fraction=0.4 rotates 3 of 8"),
+        ({"embedder": {"table_width": 8}}, "kind=lookup does not take table_width=8"),
+        ({"embedder": {"kind": "lookup", "encoder": {}}}, "kind=lookup does not take the section encoder"),
+        ({"embedder": {"kind": "roberta", "encoder": {"max_positions": 5}}}, "max_positions=5 .*use at least 6"),
+        ({"embedder": {"kind": "roberta_cls", "encoder": {"max_positions": 8}}}, "max_positions=8 .*use at least 9"),
+        ({"embedder": {"kind": "roberta", "encoder": {"hidden_size": 30}}}, "hidden_size=30 .*num_attention_heads=8"),
+        (
+            {"block_length": 8, "block_decoder": {**STACK, "hidden_size": 36}},
+            "block_decoder.hidden_size=36 .*projection",
+        ),
+        ({"block_length": 1, "tie_word_embeddings": True}, "tie_word_embeddings=true has nothing to tie"),
+    ],
+)
+def test_model_settings_that_do_not_fit(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        model(**changes)
+
+
+@pytest.mark.parametrize(
+    ("name", "layout", "message"),
+    [
+        ("vanilla, multi-query", {"tensor": 2}, "num_key_value_heads=1 is not a multiple of parallel.tensor=2"),
+        ("RoBERTa", {"tensor": 4}, "embedder.encoder.num_attention_heads=2 is not a multiple of parallel.tensor=4"),
+        ("Qwen2, tied", {"pipeline": 4}, "parallel.pipeline=4 would part .*use at most 3, or untie"),
+        ("vanilla Qwen2, tied", {"pipeline": 2}, "parallel.pipeline=2 would part .*use at most 1, or untie"),
+    ],
+)
+def test_layouts_that_do_not_fit(name: str, layout: dict[str, int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        check_layout(MODELS[name], ParallelConfig(**layout))  # type: ignore[arg-type]
+
+
+def test_lengths_follow_the_way_the_context_is_read() -> None:
+    """(positions of a block, vectors between layers, vectors of a context embedding), blocks of 4."""
+    expected = {"prefix": (6, 6, 3), "summation": (4, 4, 4), "cross_attention": (4, 8, 4)}
+    for way, lengths in expected.items():
+        config = model(token_decoder_input=way, prefix_length=3)
+        assert (config.local_length, config.carried_length, config.num_context_vectors) == lengths
+
+
+def test_defaults_of_components() -> None:
+    assert DecoderConfig(**STACK, num_key_value_heads=2).query_key_value_size == (4 + 2 * 2) * 8
+    assert DecoderConfig(**STACK, attention_head_size=16).attention_size == 64
+    assert EmbedderConfig(kind="lookup_projection").vector_width(32, 4) == 32
+    assert EmbedderConfig(kind="roberta").roberta.stack.feed_forward_size == 1024
+    assert EmbedderConfig(kind="roberta_cls").num_vectors(4) == 3
