@@ -79,11 +79,11 @@ def model_from_reference(config: Mapping[str, Any], vocab_size: int, sequence_le
             vocab_size=vocab_size,
             sequence_length=sequence_length or int(config.get("max_length") or DEFAULT_SEQUENCE_LENGTH),
             block_length=length,
+            block_decoder=_stack(block, "block_decoder"),
+            token_decoder=_stack(decoder, "token_decoder"),
             embedder=_embedder(config),
             token_decoder_input=strategy,
             prefix_length=int(decoder.get("expansion_ratio") or 1) if strategy == "prefix" else 1,
-            block_decoder=_stack(block, "block_decoder"),
-            token_decoder=_stack(decoder, "token_decoder"),
             backbone=_backbone(config),
         )
     except ValidationError as error:
@@ -198,6 +198,9 @@ def _embedder(config: Mapping[str, Any]) -> EmbedderConfig:
         return EmbedderConfig(kind="lookup_projection", table_width=details.get("hidden_size"))
     if method not in (None, "concat"):
         raise _refusal("embedder.projection_method", method, "concat or projection_layer")
+    expected = int(section_config(config["block_decoder"])["hidden_size"]) // block_length_of(config)
+    if details.get("hidden_size", expected) != expected:
+        raise _refusal("embedder.config.hidden_size", details["hidden_size"], f"{expected} where embeddings are joined")
     return EmbedderConfig()
 
 
