@@ -8,13 +8,13 @@ from parallel.topology import initialize_topology
 from tests.processes import run_processes
 from train.config import OptimizerConfig
 from train.optimizer import deepspeed_settings, parameter_groups
-from train.selftest import selftest_model
+from train.selftest_models import MODELS
 
 
 def decayed_names(decay: str) -> tuple[set[str], set[str]]:
     """(decayed, exempt) parameter names of the small block model."""
     initialize_topology(ParallelConfig())
-    stage = build_stage(selftest_model("block"), ParallelConfig())
+    stage = build_stage(MODELS["block"], ParallelConfig())
     names = {id(parameter): name for name, parameter in stage.named_parameters()}
     config = OptimizerConfig(learning_rate=1.0, weight_decay=0.1, decay=decay)  # type: ignore[arg-type]
     decayed: set[str] = set()

@@ -12,7 +12,8 @@ from parallel.topology import initialize_topology
 from tests.processes import run_processes
 from train.batches import split_global_batch
 from train.optimizer import parameter_groups
-from train.selftest import OPTIMIZER, selftest_batch, selftest_model
+from train.selftest import OPTIMIZER, selftest_batch
+from train.selftest_models import MODELS
 from train.step import StepEngine
 
 ALIGNMENT = 2  # DeepSpeed pads a flat partition to this many elements per data-parallel rank
@@ -21,7 +22,7 @@ ALIGNMENT = 2  # DeepSpeed pads a flat partition to this many elements per data-
 def held(parallel: ParallelConfig) -> tuple[int, int, list[int], int]:
     """(pipeline rank, parameters in the stage, elements of each Adam partition, elements this rank owns)."""
     place = initialize_topology(parallel)
-    config = selftest_model("block")
+    config = MODELS["block"]
     stage = build_stage(config, parallel)
     parameters = sum(parameter.numel() for parameter in stage.parameters())
     engine = StepEngine(stage, parallel, OPTIMIZER, "fp32", 1)
@@ -34,7 +35,7 @@ def held(parallel: ParallelConfig) -> tuple[int, int, list[int], int]:
 def group_sizes(parallel: ParallelConfig) -> list[int]:
     """Elements of the decayed and of the exempt parameters of the unpipelined, unsplit selftest model."""
     initialize_topology(ParallelConfig(data=parallel.world_size))
-    stage = build_stage(selftest_model("block"), ParallelConfig(data=parallel.world_size))
+    stage = build_stage(MODELS["block"], ParallelConfig(data=parallel.world_size))
     return [sum(p.numel() for p in group["params"]) for group in parameter_groups(stage, OPTIMIZER)]
 
 
@@ -42,7 +43,7 @@ def group_sizes(parallel: ParallelConfig) -> list[int]:
 @pytest.mark.parametrize("pipeline", [1, 2])
 def test_parameters_per_rank_under_tensor_and_pipeline(tensor: int, pipeline: int) -> None:
     parallel = ParallelConfig(tensor=tensor, pipeline=pipeline)
-    stages = pipeline_split(selftest_model("block"), pipeline)
+    stages = pipeline_split(MODELS["block"], pipeline)
     for rank, parameters, _, owned in run_processes(parallel.world_size, held, parallel):
         expected = sum(cost.parameters_per_rank(tensor) for cost in stages[rank])
         assert parameters == owned == expected

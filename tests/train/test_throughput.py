@@ -4,14 +4,14 @@ import pytest
 import torch
 
 from parallel.costs import forward_flops_per_token
-from train.selftest import selftest_model
+from train.selftest_models import MODELS
 from train.throughput import SpeedMeter, device_peak_tflops
 
 
 def test_speed_is_tokens_and_flops_over_the_time_of_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter([0.0, 10.0, 11.0, 12.0, 100.0, 100.5, 102.0])
     monkeypatch.setattr("train.throughput.time.perf_counter", lambda: next(clock))
-    meter = SpeedMeter(selftest_model("block"), world_size=4)
+    meter = SpeedMeter(MODELS["block"], world_size=4)
     for _ in range(2):  # 2 s each; the pause from 12 to 100 does not count
         meter.start_step()
         meter.data_ready()
@@ -20,7 +20,7 @@ def test_speed_is_tokens_and_flops_over_the_time_of_steps(monkeypatch: pytest.Mo
     speed = meter.read()
     assert speed.tokens_per_second == pytest.approx(500)
     assert speed.tflops_per_process == pytest.approx(
-        500 * 3 * forward_flops_per_token(selftest_model("block")) / 4 / 1e12
+        500 * 3 * forward_flops_per_token(MODELS["block"]) / 4 / 1e12
     )
     assert meter.read().tokens_per_second == 0.0
 
