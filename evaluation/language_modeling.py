@@ -13,7 +13,7 @@ from torch import Tensor
 
 from data.errors import DataError
 from data.stream import SequenceStream
-from parallel.inputs import MicroBatch, ModelInputs, prepare_inputs
+from parallel.inputs import MicroBatch, ModelInputs, prepare_inputs, target_mask
 from parallel.schedule import LossSums, loss_sums
 from parallel.stage import Stage
 
@@ -56,7 +56,7 @@ class LanguageModeling:
 
 @torch.no_grad()
 def evaluate_language_modeling(
-    stage: Stage, stream: SequenceStream, num_sequences: int, batch_size: int
+    stage: Stage, stream: SequenceStream, num_sequences: int, batch_size: int, skip_tokens: int = 0
 ) -> LanguageModeling:
     """Evaluates an unpipelined model on the first sequences of a stream.
 
@@ -65,9 +65,10 @@ def evaluate_language_modeling(
         stream: validation sequences.
         num_sequences: at most this many, at most one epoch.
         batch_size: sequences per forward pass; at least 2, so that contexts can be exchanged.
+        skip_tokens: this many tokens at the start of each sequence are no targets.
 
     Raises:
-        DataError: there is not one whole batch.
+        DataError: there is not one whole batch, or no target.
     """
     available = min(num_sequences, stream.sequences_per_epoch)
     if not 2 <= batch_size <= available:
@@ -75,16 +76,22 @@ def evaluate_language_modeling(
             f"batch size {batch_size} must be at least 2 and at most the {available} sequences that are evaluated; "
             "change --batch-size or --sequences"
         )
+    length = stream.sequence_length
+    if not 0 <= skip_tokens < length:
+        raise DataError(
+            f"skipping {skip_tokens} tokens of sequences of {length} leaves no target; change --skip-tokens"
+        )
     config = stage.model_config
     device = next(stage.parameters()).device
     normal, shuffled = LossSums.zero(config, device), LossSums.zero(config, device)
     frequencies = torch.zeros(config.vocab_size, dtype=torch.int64, device=device)
     for batch in _batches(stream, num_sequences, batch_size, device):
         inputs = prepare_inputs(config, batch)
-        normal += loss_sums(config, stage.run(None, inputs), inputs.target_mask)
-        frequencies += torch.bincount(inputs.targets[inputs.target_mask], minlength=config.vocab_size)
+        counted = target_mask(config, batch.mask & _from(skip_tokens, batch.mask))
+        normal += loss_sums(config, stage.run(None, inputs), counted)
+        frequencies += torch.bincount(inputs.targets[counted], minlength=config.vocab_size)
         if config.is_block:
-            shuffled += loss_sums(config, _run_with_shuffled_contexts(stage, inputs), inputs.target_mask)
+            shuffled += loss_sums(config, _run_with_shuffled_contexts(stage, inputs), counted)
     return LanguageModeling(
         loss=_mean(normal),
         loss_by_position=tuple((normal.loss / normal.count).tolist()),
@@ -99,6 +106,11 @@ def unigram_entropy(frequencies: Tensor) -> float:
     counts = frequencies[frequencies > 0].double()
     total = float(counts.sum())
     return math.log(total) - float((counts * counts.log()).sum()) / total
+
+
+def _from(first: int, mask: Tensor) -> Tensor:
+    """Which columns of a mask [B, S] stand at or after the first one, as [S]."""
+    return torch.arange(mask.shape[1], device=mask.device) >= first
 
 
 def _run_with_shuffled_contexts(stage: Stage, inputs: ModelInputs) -> Tensor:

@@ -37,6 +37,14 @@ def parse_arguments() -> argparse.Namespace:
     add("--checkpoint", type=Path, required=True, metavar="DIR", help="run folder (newest step) or one step folder")
     add("--sequences", type=int, default=256, metavar="N", help="validation sequences, at most (default 256)")
     add("--batch-size", type=int, default=16, metavar="N", help="sequences per forward pass, at least 2 (default 16)")
+    add(
+        "--skip-tokens",
+        type=int,
+        default=0,
+        metavar="N",
+        help="leave out the first N tokens of each sequence as targets; a vanilla model then predicts the same tokens "
+        "as a Block Transformer with blocks of N (default 0)",
+    )
     add("--json", type=Path, metavar="FILE", help="also write the results there")
     return parser.parse_args()
 
@@ -60,7 +68,9 @@ def main() -> None:
     )
     start_single_process()
     try:
-        result = evaluate_language_modeling(trained.load(), stream, arguments.sequences, arguments.batch_size)
+        result = evaluate_language_modeling(
+            trained.load(), stream, arguments.sequences, arguments.batch_size, arguments.skip_tokens
+        )
     finally:
         torch.distributed.destroy_process_group()
     print(f"step {trained.step} of {trained.folder.name}")

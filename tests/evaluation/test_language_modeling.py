@@ -22,7 +22,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return prepare_small_corpus(tmp_path_factory.mktemp("corpus"))
 
 
-def evaluate(shards: Path, kill_context: bool) -> LanguageModeling:
+def evaluate(shards: Path, kill_context: bool, skip_tokens: int = 0) -> LanguageModeling:
     """Evaluates a random model; with dead context embeddings, exchanging them must change nothing."""
     initialize_topology(ParallelConfig())
     config = small_run(shards.parent, shards)
@@ -30,7 +30,7 @@ def evaluate(shards: Path, kill_context: bool) -> LanguageModeling:
     if kill_context:
         with torch.no_grad():
             stage.piece("token_decoder.input").get_parameter("expansion.weight").zero_()
-    return evaluate_language_modeling(stage, open_stream(config, "validation"), num_sequences=20, batch_size=8)
+    return evaluate_language_modeling(stage, open_stream(config, "validation"), 20, 8, skip_tokens)
 
 
 def test_entropy_and_targets_match_a_plain_count(shards: Path) -> None:
@@ -43,6 +43,21 @@ def test_entropy_and_targets_match_a_plain_count(shards: Path) -> None:
     assert result.unigram_entropy == pytest.approx(-sum(n / total * math.log(n / total) for n in targets.values()))
     assert len(result.loss_by_position) == 4
     assert result.loss == pytest.approx(math.log(384), rel=0.05), "a random model is about uniform"
+
+
+def test_skipped_tokens_are_no_targets(shards: Path) -> None:
+    result = run_processes(1, evaluate, shards, False, 14)[0]
+    sequences = open_stream(small_run(shards.parent, shards), "validation").read(0, 16)
+    targets = Counter(sequences.token_ids[:, 14:][sequences.mask[:, 14:]].tolist())
+    total = sum(targets.values())
+    assert result.targets == total
+    assert result.unigram_entropy == pytest.approx(-sum(n / total * math.log(n / total) for n in targets.values()))
+
+
+def test_skipping_whole_sequences_is_an_error(shards: Path) -> None:
+    stream = open_stream(small_run(shards.parent, shards), "validation")
+    with pytest.raises(DataError, match="--skip-tokens"):
+        evaluate_language_modeling(None, stream, 20, 8, stream.sequence_length)  # type: ignore[arg-type]
 
 
 def test_exchanged_contexts_show_whether_the_block_decoder_is_used(shards: Path) -> None:
