@@ -6,6 +6,7 @@ command that stands in the README and not here fails, and so does one that stand
 
 import json
 import lzma
+import math
 import re
 import shlex
 import subprocess
@@ -17,6 +18,9 @@ import pytest
 import tokenizers
 import zstandard
 
+from checkpoints.huggingface_config import model_from_huggingface
+from checkpoints.huggingface_names import huggingface_rules
+from checkpoints.parameter_shapes import parameter_shapes
 from parallel.extensions import use_extension_cache
 from tests.mutations.run import copy_repository
 from tests.train.small_run import EXAMPLES
@@ -74,7 +78,22 @@ def check_job(command: str, workspace: Path) -> None:
     )
 
 
+def uptrain_shortened(command: str, workspace: Path) -> None:
+    """A tenth of 20 steps."""
+    assert "complete at step 2" in bash(command + " train.steps=20 optimizer.warmup_steps=1", workspace)
+
+
+def plan_uptraining(command: str, workspace: Path) -> None:
+    """Reads the names and shapes of a model of Pythia's size; its weights are a hole in a file."""
+    write_empty_pythia(workspace / "pythia-160m")
+    plan = bash(command + " --dry-run", workspace)
+    assert "steps: 57200" in plan
+    assert "token_decoder.layers.5.attention.dense.weight <- vanilla.layers.11.attention.dense.weight" in plan
+
+
 PREPARE = f"{PYTHON} tools/prepare_data.py --input"
+UPTRAIN = f"{PYTHON} tools/uptrain_from_vanilla.py --vanilla"
+CONVERT = f"{PYTHON} tools/convert_checkpoint.py"
 COVERAGE: dict[str, Callable[[str, Path], None]] = {
     "make pretrain": target,  # tests/test_quickstart.py runs it
     "make tensorboard": target,
@@ -93,6 +112,12 @@ COVERAGE: dict[str, Callable[[str, Path], None]] = {
     "--tokenizer runs/mine/tokenizer.model --output runs/mine/shards": run,
     f"{PYTHON} tools/pretrain.py configs/quickstart.yaml run.name=mine-1 data.path=runs/mine/shards "
     "model.block_decoder.num_layers=4": run_shortened,
+    f"{PYTHON} tools/pretrain.py configs/quickstart_vanilla.yaml": run_shortened,
+    f"{UPTRAIN} runs/quickstart_vanilla --config configs/quickstart_uptrain.yaml": uptrain_shortened,
+    f"{UPTRAIN} pythia-160m --config configs/paper/block_uptrain_b4_85_10.yaml": plan_uptraining,
+    f"{CONVERT} runs/quickstart_vanilla exported/vanilla": run,
+    f"{CONVERT} exported/vanilla runs/imported": run,
+    f"{CONVERT} runs/quickstart_uptrain exported/block": run,
     ".venv/bin/torchrun --standalone --nproc-per-node 2 tools/selftest.py": run_one_case,
     f"srun --nodes=1 --ntasks-per-node=8 --gpus-per-node=8 {PYTHON} tools/selftest.py": show_help,
     f"{PREPARE} pile/train-*.jsonl.zst --validation-input pile/validation.jsonl.zst "
@@ -155,6 +180,39 @@ def write_corpus(folder: Path) -> None:
     tokenizer.save(str(folder / "tokenizer.json"))
 
 
+def write_empty_pythia(folder: Path) -> None:
+    """Pythia-160M as Hugging Face has it, without its numbers."""
+    config = {
+        "model_type": "gpt_neox",
+        "vocab_size": 50304,
+        "hidden_size": 768,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 12,
+        "intermediate_size": 3072,
+        "hidden_act": "gelu",
+        "max_position_embeddings": 2048,
+        "rotary_pct": 0.25,
+        "rotary_emb_base": 10000,
+        "layer_norm_eps": 1e-5,
+        "use_parallel_residual": True,
+        "tie_word_embeddings": False,
+        "torch_dtype": "float16",
+    }
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config))
+    model = model_from_huggingface(config, None)
+    shapes = parameter_shapes(model)
+    header: dict[str, object] = {}
+    size = 0
+    for rule in huggingface_rules(model, "gpt_neox"):
+        start, size = size, size + 2 * math.prod(shapes[rule.ours])
+        header[rule.theirs[0]] = {"dtype": "F16", "shape": shapes[rule.ours], "data_offsets": [start, size]}
+    text = json.dumps(header).encode()
+    with (folder / "model.safetensors").open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + size)
+
+
 def test_every_command_is_covered() -> None:
     assert sorted(set(commands())) == sorted(COVERAGE)
 
@@ -166,7 +224,12 @@ def test_command(command: str, workspace: Path) -> None:
 
 
 def test_links_lead_somewhere() -> None:
-    for document in ("README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "docs/testing.md"):
+    for document in (
+        "README.md",
+        "ARCHITECTURE.md",
+        "CONTRIBUTING.md",
+        *(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")),
+    ):
         path = ROOT / document
         for link in re.findall(r"\]\(([^)#]+)", path.read_text()):
             assert link.startswith("https://") or (path.parent / link).exists(), f"{document}: {link}"
