@@ -92,7 +92,16 @@ class RunCheckpoints:
 
 
 def progress_of(checkpoint: LoadedCheckpoint) -> Progress:
-    """Where the run stood when the checkpoint was written."""
+    """Where the run stood when the checkpoint was written.
+
+    Raises:
+        CheckpointError: it holds imported weights only.
+    """
+    if "progress" not in checkpoint.metadata:
+        raise CheckpointError(
+            f"{checkpoint.path} holds imported weights without an optimizer's state, so no run can go on from it; "
+            "choose another run.name, and give these weights as run.initial_weights"
+        )
     return Progress(**checkpoint.metadata["progress"])
 
 
