@@ -4,8 +4,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-PARITY = "tests/train/test_parity.py::test_parity[2]"
+PARITY = "tests/train/test_parity.py::test_parity[2-paper]"
 RESUME = "tests/train/test_resume.py::test_stop_at_the_exact_end_of_an_epoch"
+VARIANTS = "tests/train/test_parity.py::test_parity[2-variants]"
 GOLDEN = "tests/parallel/test_golden.py::test_block_logits_and_losses"
 
 
@@ -114,5 +115,40 @@ MUTATIONS = (
         "    size = valid.shape[1]\n"
         "    causal = torch.ones(size, size, dtype=torch.bool, device=valid.device).tril(1)\n",
         "tests/parallel/test_no_leak.py",
+    ),
+    Mutation(
+        "each rank keeps its own gradient of query and key norms",
+        "parallel/norms.py",
+        "mark_partial_gradient(norm, megatron.tensor_model_parallel_size > 1)",
+        "mark_partial_gradient(norm, megatron.sequence_parallel)",
+        VARIANTS,
+    ),
+    Mutation(
+        "grouped queries share the wrong key head",
+        "parallel/attention.py",
+        "heads[:, :, :queries].flatten(1, 2)",
+        "heads[:, :, :queries].transpose(1, 2).flatten(1, 2)",
+        "tests/checkpoints/conversion/test_huggingface.py",
+    ),
+    Mutation(
+        "summation begins with the token to be predicted",
+        "parallel/token_inputs.py",
+        "F.pad(targets[:, :-1], (1, 0), value=BEGIN_ID)",
+        "targets",
+        "tests/parallel/test_no_leak.py::test_no_logit_of_a_variant_sees_a_later_token",
+    ),
+    Mutation(
+        "uptraining gives the token decoder the first layers",
+        "checkpoints/layer_assignment.py",
+        "[(i,) for i in range(block_layers, both)]",
+        "[(i,) for i in range(token_layers)]",
+        "tests/checkpoints/uptraining/test_initial_weights.py::test_every_weight_equals_the_references",
+    ),
+    Mutation(
+        "the embedder's projection in the wrong order on import",
+        "checkpoints/weight_mapping.py",
+        "tensors[0].permute(0, 2, 1).reshape(shape)",
+        "tensors[0].reshape(shape)",
+        "tests/checkpoints/conversion/test_reference.py",
     ),
 )

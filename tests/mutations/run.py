@@ -55,7 +55,7 @@ def run_tests(folder: Path, *selection: str) -> Outcome:
         text=True,
         timeout=TIMEOUT_SECONDS,
     )
-    failed = re.findall(r"^FAILED (\S+)", result.stdout, flags=re.MULTILINE)
+    failed = re.findall(r"^FAILED (.+?)(?: - .*)?$", result.stdout, flags=re.MULTILINE)
     return Outcome(result.returncode, failed, result.stdout)
 
 
