@@ -1,1 +1,1 @@
-"""Durable, layout-free checkpoint store and format conversions."""
+"""Durable, layout-free checkpoint store, and the way between it and a DeepSpeed engine."""

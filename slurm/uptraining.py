@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from checkpoints.store import CheckpointStore
-from checkpoints.uptraining import UptrainingOptions
+from checkpoints.uptraining.initial_weights import UptrainingOptions
 from slurm.identity import identity_from_environment
 from slurm.launch import Launcher, launch
 from train.config import RunConfig

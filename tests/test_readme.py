@@ -18,9 +18,9 @@ import pytest
 import tokenizers
 import zstandard
 
-from checkpoints.huggingface_config import model_from_huggingface
-from checkpoints.huggingface_names import huggingface_rules
-from checkpoints.parameter_shapes import parameter_shapes
+from checkpoints.weights.huggingface_config import model_from_huggingface
+from checkpoints.weights.huggingface_names import huggingface_rules
+from checkpoints.weights.parameter_shapes import parameter_shapes
 from parallel.extensions import use_extension_cache
 from tests.mutations.run import copy_repository
 from tests.train.small_run import EXAMPLES

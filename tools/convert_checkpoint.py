@@ -15,11 +15,11 @@ warnings.filterwarnings("ignore", module=r"megatron\.core")
 
 import torch.distributed
 
-from checkpoints.conversion import TARGETS, Conversion, convert
 from checkpoints.errors import CheckpointError
-from checkpoints.tensor_output import check_absent
 from checkpoints.trained_model import TOKENIZER_NAMES
-from checkpoints.weight_source import CheckpointSource, WeightSource, open_weight_source
+from checkpoints.weights.conversion import TARGETS, Conversion, convert
+from checkpoints.weights.tensor_output import check_absent
+from checkpoints.weights.weight_source import CheckpointSource, WeightSource, open_weight_source
 from data.errors import DataError
 from inference.errors import InferenceError
 from inference.tokenizer_choice import tokenizer_of

@@ -14,8 +14,8 @@ import warnings
 warnings.filterwarnings("ignore", module=r"megatron\.core")
 
 from checkpoints.errors import CheckpointError
-from checkpoints.layer_assignment import METHODS
-from checkpoints.uptraining import UptrainingOptions
+from checkpoints.uptraining.initial_weights import UptrainingOptions
+from checkpoints.uptraining.layer_assignment import METHODS
 from data.errors import DataError
 from parallel.errors import ConfigurationError
 from tools.command_line import exit_on_termination, run

@@ -10,13 +10,13 @@ from typing import Any
 import torch.distributed
 from pydantic import ValidationError
 
-from checkpoints.block_growth import GrownSource
-from checkpoints.conversion import Conversion, write_ours
 from checkpoints.files import write_durably
-from checkpoints.tensor_output import new_directory
 from checkpoints.trained_model import TOKENIZER_NAMES
-from checkpoints.uptraining import UptrainedSource, UptrainingOptions
-from checkpoints.weight_source import CheckpointSource, WeightSource, open_vanilla_source, open_weight_source
+from checkpoints.uptraining.block_growth import GrownSource
+from checkpoints.uptraining.initial_weights import UptrainedSource, UptrainingOptions
+from checkpoints.weights.conversion import Conversion, write_ours
+from checkpoints.weights.tensor_output import new_directory
+from checkpoints.weights.weight_source import CheckpointSource, WeightSource, open_vanilla_source, open_weight_source
 from data.errors import DataError
 from data.manifest import read_manifest
 from data.tokenizer import Tokenizer, load_tokenizer

@@ -128,7 +128,7 @@ MUTATIONS = (
         "parallel/attention.py",
         "heads[:, :, :queries].flatten(1, 2)",
         "heads[:, :, :queries].transpose(1, 2).flatten(1, 2)",
-        "tests/checkpoints/conversion/test_huggingface.py",
+        "tests/checkpoints/weights/test_huggingface.py",
     ),
     Mutation(
         "summation begins with the token to be predicted",
@@ -139,16 +139,16 @@ MUTATIONS = (
     ),
     Mutation(
         "uptraining gives the token decoder the first layers",
-        "checkpoints/layer_assignment.py",
+        "checkpoints/uptraining/layer_assignment.py",
         "[(i,) for i in range(block_layers, both)]",
         "[(i,) for i in range(token_layers)]",
         "tests/checkpoints/uptraining/test_initial_weights.py::test_every_weight_equals_the_references",
     ),
     Mutation(
         "the embedder's projection in the wrong order on import",
-        "checkpoints/weight_mapping.py",
+        "checkpoints/weights/weight_mapping.py",
         "tensors[0].permute(0, 2, 1).reshape(shape)",
         "tensors[0].reshape(shape)",
-        "tests/checkpoints/conversion/test_reference.py",
+        "tests/checkpoints/weights/test_reference.py",
     ),
 )

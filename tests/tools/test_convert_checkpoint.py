@@ -14,7 +14,7 @@ import torch.distributed
 
 from checkpoints.errors import CheckpointError
 from checkpoints.store import CheckpointStore
-from tests.checkpoints.conversion.models import same_tensors, save_transformers
+from tests.checkpoints.weights.models import same_tensors, save_transformers
 from tests.train.small_run import VOCABULARY, prepare_small_corpus
 from train.checkpointing import progress_of
 

@@ -19,9 +19,7 @@ def test_speed_is_tokens_and_flops_over_the_time_of_steps(monkeypatch: pytest.Mo
     assert meter.data_wait == pytest.approx(1.5)
     speed = meter.read()
     assert speed.tokens_per_second == pytest.approx(500)
-    assert speed.tflops_per_process == pytest.approx(
-        500 * 3 * forward_flops_per_token(MODELS["block"]) / 4 / 1e12
-    )
+    assert speed.tflops_per_process == pytest.approx(500 * 3 * forward_flops_per_token(MODELS["block"]) / 4 / 1e12)
     assert meter.read().tokens_per_second == 0.0
 
 

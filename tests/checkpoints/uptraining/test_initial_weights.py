@@ -7,11 +7,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from checkpoints.block_growth import GrownSource
 from checkpoints.errors import CheckpointError
-from checkpoints.layer_assignment import assign_layers
-from checkpoints.uptraining import UptrainedSource, UptrainingOptions
-from checkpoints.weight_source import WeightSource, open_vanilla_source
+from checkpoints.uptraining.block_growth import GrownSource
+from checkpoints.uptraining.initial_weights import UptrainedSource, UptrainingOptions
+from checkpoints.uptraining.layer_assignment import assign_layers
+from checkpoints.weights.weight_source import WeightSource, open_vanilla_source
 from parallel.component_config import DecoderConfig, EmbedderConfig
 from parallel.config import ModelConfig, ParallelConfig
 from parallel.inputs import MicroBatch, prepare_inputs

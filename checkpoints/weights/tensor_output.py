@@ -16,7 +16,7 @@ from torch import Tensor
 
 from checkpoints.errors import CheckpointError
 from checkpoints.files import as_os_error, storage_error, sync_directory, sync_file, write_durably
-from checkpoints.tensor_files import INDEX_FILE, SINGLE_FILE
+from checkpoints.weights.tensor_files import INDEX_FILE, SINGLE_FILE
 
 MAXIMUM_FILE_BYTES = 5 * 10**9
 

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from checkpoints.piecewise_forward import fill_piece
-from checkpoints.weight_source import WeightSource
+from checkpoints.weights.piecewise_forward import fill_piece
+from checkpoints.weights.weight_source import WeightSource
 from parallel.config import ParallelConfig
 from parallel.cpu_adaptation import compute_device
 from parallel.inputs import MicroBatch, prepare_inputs

@@ -17,16 +17,16 @@ from torch import Tensor
 
 from checkpoints.errors import CheckpointError
 from checkpoints.fragments import FragmentReader
-from checkpoints.huggingface_config import SPECIAL_TOKENS, family_of, model_from_huggingface
-from checkpoints.huggingface_names import huggingface_rules, ignored_tensors
-from checkpoints.parameter_shapes import parameter_shapes
 from checkpoints.records import MANIFEST, read_manifest
-from checkpoints.reference_config import model_from_reference, read_reference_config
-from checkpoints.reference_names import ignored_tensors as ignored_reference_tensors
-from checkpoints.reference_names import reference_rules, vocabulary_size
-from checkpoints.tensor_files import INDEX_FILE, PICKLES, SINGLE_FILE, TensorFiles
 from checkpoints.trained_model import TrainedModel, find_trained_model
-from checkpoints.weight_mapping import Rule, check_tensors, same
+from checkpoints.weights.huggingface_config import SPECIAL_TOKENS, family_of, model_from_huggingface
+from checkpoints.weights.huggingface_names import huggingface_rules, ignored_tensors
+from checkpoints.weights.parameter_shapes import parameter_shapes
+from checkpoints.weights.reference_config import model_from_reference, read_reference_config
+from checkpoints.weights.reference_names import ignored_tensors as ignored_reference_tensors
+from checkpoints.weights.reference_names import reference_rules, vocabulary_size
+from checkpoints.weights.tensor_files import INDEX_FILE, PICKLES, SINGLE_FILE, TensorFiles
+from checkpoints.weights.weight_mapping import Rule, check_tensors, same
 from parallel.config import ModelConfig
 
 HUGGINGFACE_CONFIG = "config.json"

@@ -3,9 +3,9 @@
 import re
 from collections.abc import Iterator
 
-from checkpoints.huggingface_names import NEOX_LAYER, split_layer
-from checkpoints.parameter_shapes import Shape, parameter_shapes
-from checkpoints.weight_mapping import Rule, convolution, fused_heads, same
+from checkpoints.weights.huggingface_names import NEOX_LAYER, split_layer
+from checkpoints.weights.parameter_shapes import Shape, parameter_shapes
+from checkpoints.weights.weight_mapping import Rule, convolution, fused_heads, same
 from parallel.config import ModelConfig
 
 _STEMS = {

@@ -14,21 +14,27 @@ import torch
 import yaml
 from torch import Tensor
 
-from checkpoints import modeling_block_transformer
-from checkpoints.conversion_check import Difference, compare
 from checkpoints.errors import CheckpointError
 from checkpoints.files import storage_error, write_durably
 from checkpoints.fragments import write_fragments
-from checkpoints.huggingface_config import huggingface_from_model
-from checkpoints.huggingface_names import huggingface_rules
 from checkpoints.records import FileRecord, Fragment
-from checkpoints.reference_config import reference_from_model
-from checkpoints.reference_names import reference_rules, unused_tables
 from checkpoints.store import CheckpointStore
-from checkpoints.tensor_output import MAXIMUM_FILE_BYTES, PlannedTensor, group_by_size, new_directory, write_tensors
 from checkpoints.trained_model import TOKENIZER_NAMES
-from checkpoints.weight_mapping import Rule, same
-from checkpoints.weight_source import BLOCK_MODEL_TYPE, HUGGINGFACE_CONFIG, REFERENCE_CONFIG, WeightSource
+from checkpoints.weights import modeling_block_transformer
+from checkpoints.weights.conversion_check import Difference, compare
+from checkpoints.weights.huggingface_config import huggingface_from_model
+from checkpoints.weights.huggingface_names import huggingface_rules
+from checkpoints.weights.reference_config import reference_from_model
+from checkpoints.weights.reference_names import reference_rules, unused_tables
+from checkpoints.weights.tensor_output import (
+    MAXIMUM_FILE_BYTES,
+    PlannedTensor,
+    group_by_size,
+    new_directory,
+    write_tensors,
+)
+from checkpoints.weights.weight_mapping import Rule, same
+from checkpoints.weights.weight_source import BLOCK_MODEL_TYPE, HUGGINGFACE_CONFIG, REFERENCE_CONFIG, WeightSource
 
 TARGETS = ("ours", "huggingface", "reference")
 Progress = Callable[[str], None]

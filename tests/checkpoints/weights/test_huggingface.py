@@ -8,11 +8,11 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from checkpoints.piecewise_forward import piecewise_logits
 from checkpoints.trained_model import find_trained_model
-from checkpoints.weight_source import open_vanilla_source, open_weight_source
+from checkpoints.weights.piecewise_forward import piecewise_logits
+from checkpoints.weights.weight_source import open_vanilla_source, open_weight_source
 from parallel.inputs import MicroBatch
-from tests.checkpoints.conversion.models import (
+from tests.checkpoints.weights.models import (
     FAMILY_CASES,
     converted,
     edit_json,

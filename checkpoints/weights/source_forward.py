@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from checkpoints.huggingface_config import GPT_NEOX, head_size_of, rotary_settings
-from checkpoints.reference_config import BACKBONE_FIELDS, block_length_of, heads_of, section_config
-from checkpoints.tensor_files import TensorFiles
+from checkpoints.weights.huggingface_config import GPT_NEOX, head_size_of, rotary_settings
+from checkpoints.weights.reference_config import BACKBONE_FIELDS, block_length_of, heads_of, section_config
+from checkpoints.weights.tensor_files import TensorFiles
 
 ENCODER_EPSILON = 1e-5
 ENCODER_PADDING_ID = 1

@@ -2,9 +2,9 @@
 
 from collections.abc import Iterator
 
-from checkpoints.huggingface_config import GPT_NEOX
-from checkpoints.parameter_shapes import parameter_shapes
-from checkpoints.weight_mapping import Rule, fused_heads, same
+from checkpoints.weights.huggingface_config import GPT_NEOX
+from checkpoints.weights.parameter_shapes import parameter_shapes
+from checkpoints.weights.weight_mapping import Rule, fused_heads, same
 from parallel.component_config import DecoderConfig
 from parallel.config import ModelConfig
 

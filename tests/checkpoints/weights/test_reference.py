@@ -11,12 +11,12 @@ import yaml
 from safetensors.torch import load_file
 
 from checkpoints.errors import CheckpointError
-from checkpoints.piecewise_forward import piecewise_logits
-from checkpoints.reference_config import autofilled_heads, model_from_reference
-from checkpoints.source_forward import reference_logits
-from checkpoints.tensor_files import TensorFiles
-from checkpoints.weight_source import open_weight_source
-from tests.checkpoints.conversion.models import converted, write_trainer_yaml
+from checkpoints.weights.piecewise_forward import piecewise_logits
+from checkpoints.weights.reference_config import autofilled_heads, model_from_reference
+from checkpoints.weights.source_forward import reference_logits
+from checkpoints.weights.tensor_files import TensorFiles
+from checkpoints.weights.weight_source import open_weight_source
+from tests.checkpoints.weights.models import converted, write_trainer_yaml
 from tests.golden_reference import BLOCK_VARIANTS, GOLDEN, load_golden, relative_difference
 
 UNUSED = ("block_decoder.gpt_neox.embed_in.weight", "token_decoder.gpt_neox.embed_in.weight")

@@ -6,22 +6,28 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from checkpoints.conversion_check import compare
 from checkpoints.errors import CheckpointError
 from checkpoints.fragments import FragmentReader
-from checkpoints.huggingface_config import huggingface_from_model
-from checkpoints.modeling_block_transformer import BlockTransformer
-from checkpoints.parameter_shapes import parameter_shapes
-from checkpoints.piecewise_forward import piecewise_logits
-from checkpoints.reference_config import reference_from_model
-from checkpoints.tensor_output import PlannedTensor, write_tensors
 from checkpoints.trained_model import find_trained_model
-from checkpoints.weight_source import open_vanilla_source, open_weight_source
+from checkpoints.weights.conversion_check import compare
+from checkpoints.weights.huggingface_config import huggingface_from_model
+from checkpoints.weights.modeling_block_transformer import BlockTransformer
+from checkpoints.weights.parameter_shapes import parameter_shapes
+from checkpoints.weights.piecewise_forward import piecewise_logits
+from checkpoints.weights.reference_config import reference_from_model
+from checkpoints.weights.tensor_output import PlannedTensor, write_tensors
+from checkpoints.weights.weight_source import open_vanilla_source, open_weight_source
 from parallel.config import ParallelConfig
 from parallel.inputs import MicroBatch
 from parallel.stage import build_stage
-from tests.checkpoints.conversion.models import converted, random_tokens, same_tensors, save_ours, save_transformers
-from tests.checkpoints.conversion.resaving import LAYOUT, resave
+from tests.checkpoints.weights.models import (
+    converted,
+    random_tokens,
+    same_tensors,
+    save_ours,
+    save_transformers,
+)
+from tests.checkpoints.weights.resaving import LAYOUT, resave
 from tests.golden_reference import relative_difference
 from tests.processes import run_processes
 from train.selftest_models import MODELS

@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from checkpoints.errors import CheckpointError
-from checkpoints.weight_source import open_weight_source
-from tests.checkpoints.conversion.models import converted, edit_json, save_transformers, transformers_model
+from checkpoints.weights.weight_source import open_weight_source
+from tests.checkpoints.weights.models import converted, edit_json, save_transformers, transformers_model
 
 WEIGHTS = "model.safetensors"
 

@@ -10,13 +10,13 @@ import yaml
 from safetensors.torch import load_file
 from torch import Tensor
 
-from checkpoints.conversion import Conversion, convert
-from checkpoints.conversion_check import Difference
 from checkpoints.fragments import write_fragments
-from checkpoints.parameter_shapes import parameter_shapes
 from checkpoints.records import Fragment
 from checkpoints.store import CheckpointStore
-from checkpoints.weight_source import open_weight_source
+from checkpoints.weights.conversion import Conversion, convert
+from checkpoints.weights.conversion_check import Difference
+from checkpoints.weights.parameter_shapes import parameter_shapes
+from checkpoints.weights.weight_source import open_weight_source
 from parallel.config import ModelConfig
 from tests.golden_reference import GOLDEN, GoldenSet
 

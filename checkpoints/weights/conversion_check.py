@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from checkpoints.errors import CheckpointError
-from checkpoints.modeling_block_transformer import BlockTransformer
-from checkpoints.piecewise_forward import piecewise_logits
-from checkpoints.source_forward import huggingface_logits, reference_logits
-from checkpoints.weight_source import BLOCK_MODEL_TYPE, MappedSource, WeightSource, open_weight_source
+from checkpoints.weights.modeling_block_transformer import BlockTransformer
+from checkpoints.weights.piecewise_forward import piecewise_logits
+from checkpoints.weights.source_forward import huggingface_logits, reference_logits
+from checkpoints.weights.weight_source import BLOCK_MODEL_TYPE, MappedSource, WeightSource, open_weight_source
 from parallel.config import ModelConfig
 from parallel.cpu_adaptation import compute_device
 

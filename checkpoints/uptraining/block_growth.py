@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from checkpoints.errors import CheckpointError
-from checkpoints.weight_source import WeightSource
+from checkpoints.weights.weight_source import WeightSource
 from parallel.config import ModelConfig
 
 

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from checkpoints.errors import CheckpointError
-from checkpoints.layer_assignment import Assignment, Method, assign_layers
-from checkpoints.token_states import token_states
-from checkpoints.weight_source import WeightSource
+from checkpoints.uptraining.layer_assignment import Assignment, Method, assign_layers
+from checkpoints.uptraining.token_states import token_states
+from checkpoints.weights.weight_source import WeightSource
 from parallel.component_config import DecoderConfig
 from parallel.config import ModelConfig
 from parallel.initialization import initial_tensor

@@ -1,0 +1,1 @@
+"""Initial weights of a Block Transformer from those of a vanilla model."""

@@ -1,0 +1,1 @@
+"""Weights in other formats: read, mapped to our names, converted, compared."""
