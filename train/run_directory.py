@@ -60,8 +60,8 @@ class RunDirectory:
         """
         if not self._config_file.is_file():
             return
-        there = _flatten(self._recorded())
-        here = _flatten(yaml.safe_load(config_text(self.config)))
+        there = flatten(self._recorded())
+        here = flatten(yaml.safe_load(config_text(self.config)))
         changed = [
             f"{name} is {there.get(name)!r} there and {here.get(name)!r} here"
             for name in sorted(there.keys() | here.keys())
@@ -149,11 +149,12 @@ class RunDirectory:
             self._lock = None
 
 
-def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings by their dotted names."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
         if isinstance(value, dict):
-            flat |= _flatten(value, f"{prefix}{key}.")
+            flat |= flatten(value, f"{prefix}{key}.")
         else:
             flat[prefix + key] = value
     return flat

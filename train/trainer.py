@@ -4,14 +4,12 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from enum import Enum
-from pathlib import Path
 
 import torch
 
 from checkpoints.engine_state import load_optimizer, load_weights
 from checkpoints.fragments import FragmentReader
 from checkpoints.store import LoadedCheckpoint
-from checkpoints.trained_model import find_trained_model
 from parallel.cpu_adaptation import compute_device
 from parallel.errors import ConfigurationError
 from parallel.stage import build_stage
@@ -19,6 +17,7 @@ from parallel.topology import Coordinates
 from train.batches import micro_batch_rows, read_micro_batches
 from train.checkpointing import Progress, RunCheckpoints, progress_of
 from train.config import RunConfig
+from train.initial_weights import initial_weights
 from train.metrics import MeanLoss, agree, mean_loss
 from train.monitor import Monitor, seconds_since_process_start
 from train.rank_zero import on_rank_zero
@@ -101,7 +100,7 @@ class Trainer:
         config = self.config
         dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
         self.progress = self._checked_progress(checkpoint) if checkpoint else Progress(0, 0, 0, self.stream.fingerprint)
-        source = checkpoint.path if checkpoint else self._initial_weights()
+        source = checkpoint.path if checkpoint else on_rank_zero(lambda: initial_weights(config))
         stage = build_stage(config.model, config.parallel, dtype, None if source else config.run.seed)
         reader = FragmentReader(source) if source else None
         if reader:
@@ -114,11 +113,6 @@ class Trainer:
         if reader:
             reader.close()
         self._announce(checkpoint)
-
-    def _initial_weights(self) -> Path | None:
-        """The step directory whose weights a new run starts from, found and verified by rank 0."""
-        path = self.config.run.initial_weights
-        return on_rank_zero(lambda: find_trained_model(path).path) if path else None
 
     def _checked_progress(self, checkpoint: LoadedCheckpoint) -> Progress:
         progress = progress_of(checkpoint)
