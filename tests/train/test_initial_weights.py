@@ -69,7 +69,7 @@ def test_a_run_starts_from_them_under_any_layout(tmp_path: Path) -> None:
         assert weights.keys() == expected.keys()
         for name, values in expected.items():
             torch.testing.assert_close(weights[name], values, rtol=0, atol=1e-7, msg=name)
-    with pytest.raises(ConfigurationError, match=r"run.initial_weights=.* num_attention_heads is 4 there and 2 here"):
+    with pytest.raises(ConfigurationError, match=r"run.initial_weights=.*num_attention_heads is 4 there and 2 here"):
         initial_weights(scrambled)
 
 
