@@ -36,7 +36,8 @@ def launch_uptraining(runs: Sequence[RunConfig], vanilla: Path, options: Uptrain
     for number, config in enumerate(runs):
         directory = RunDirectory(config)
         directory.check()
-        if not CheckpointStore(directory.checkpoints).complete_steps():
+        is_new = not CheckpointStore(directory.checkpoints).complete_steps()
+        if is_new or (directory.path / FOLDER).is_dir():  # weights that are there must have been made alike
             _prepare(runs, number, vanilla, options)
         status = launch(config, launcher)
         if status:

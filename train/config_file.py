@@ -38,7 +38,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     try:
         return RunConfig.model_validate(values)
     except ValidationError as error:
-        raise ConfigurationError(_explain(error, path)) from None
+        raise ConfigurationError(f"config {path}: {explain(error)}") from None
 
 
 def _resolve_paths(values: dict[str, Any], folder: Path) -> None:
@@ -104,10 +104,9 @@ def _apply(values: dict[str, Any], override: str) -> None:
     target[leaf] = value
 
 
-def _explain(error: ValidationError, path: Path) -> str:
-    details = error.errors()
-    sentences = [_sentence(item["loc"], item) for item in details]
-    return f"config {path}: " + "; ".join(sentences)
+def explain(error: ValidationError) -> str:
+    """What is wrong with a configuration, in words that name each field and its value."""
+    return "; ".join(_sentence(item["loc"], item) for item in error.errors())
 
 
 def _sentence(location: tuple[int | str, ...], item: Any) -> str:

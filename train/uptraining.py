@@ -1,5 +1,6 @@
 """Uptraining (paper section 3.7): a vanilla model's weights, and a fraction of the full schedule."""
 
+import itertools
 import json
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -25,6 +26,7 @@ from inference.tokenizer_choice import tokenizer_of
 from parallel.errors import ConfigurationError
 from parallel.topology import start_single_process
 from train.config import RunConfig
+from train.config_file import explain
 
 FOLDER = "initial_weights"
 RECORD = "uptraining.json"
@@ -46,11 +48,7 @@ def uptraining_runs(config: RunConfig, fraction: float, block_lengths: Sequence[
     if not 0 < fraction <= 1:
         raise ConfigurationError(f"--fraction {fraction} is not above 0 and at most 1; the paper uses 0.1")
     lengths = list(block_lengths or [config.model.block_length])
-    if lengths[-1] != config.model.block_length or sorted(set(lengths)) != lengths:
-        raise ConfigurationError(
-            f"--block-lengths {','.join(map(str, lengths))} does not grow up to model.block_length="
-            f"{config.model.block_length}; end with that"
-        )
+    _check_growth(lengths, config.model.block_length)
     steps = round(config.train.steps * fraction)
     share = steps // len(lengths)
     runs = []
@@ -67,6 +65,18 @@ def uptraining_runs(config: RunConfig, fraction: float, block_lengths: Sequence[
     return runs
 
 
+def _check_growth(lengths: Sequence[int], last: int) -> None:
+    given = f"--block-lengths {','.join(map(str, lengths))}"
+    if lengths[-1] != last or sorted(set(lengths)) != lengths:
+        raise ConfigurationError(f"{given} does not grow up to model.block_length={last}; end with that")
+    for shorter, longer in itertools.pairwise(lengths):
+        if longer % shorter:
+            raise ConfigurationError(
+                f"{given} grows from {shorter} to {longer}, which is no multiple; choose lengths of which each divides "
+                "the next"
+            )
+
+
 def _changed(config: RunConfig, changes: dict[str, dict[str, Any]], fraction: float) -> RunConfig:
     values = config.model_dump(mode="json")
     for section, fields in changes.items():
@@ -74,9 +84,9 @@ def _changed(config: RunConfig, changes: dict[str, dict[str, Any]], fraction: fl
     try:
         return RunConfig.model_validate(values)
     except ValidationError as error:
-        reason = "; ".join(item["msg"].removeprefix("Value error, ") for item in error.errors())
         raise ConfigurationError(
-            f"{fraction:g} of the schedule's {config.train.steps} steps: {reason}; change --fraction or these values"
+            f"{fraction:g} of the schedule's {config.train.steps} steps: {explain(error)}; change --fraction, "
+            "--block-lengths or these values"
         ) from None
 
 

@@ -52,6 +52,7 @@ class UptrainedSource(WeightSource):
 
     def __init__(self, vanilla: WeightSource, target: ModelConfig, options: UptrainingOptions) -> None:
         check_compatible(vanilla, target)
+        _check_token_embeddings(target, options)
         super().__init__(vanilla.path, target, "uptrained", {})
         self.vanilla = vanilla
         self.options = options
@@ -177,6 +178,21 @@ def check_compatible(vanilla: WeightSource, target: ModelConfig) -> None:
             f"uptraining averages full-width token embeddings, the target has embedder.kind={target.embedder.kind} and "
             f"embedder.table_width={target.embedder.table_width}; use embedder.kind=lookup_projection and "
             "embedder.table_width=null"
+        )
+
+
+def _check_token_embeddings(target: ModelConfig, options: UptrainingOptions) -> None:
+    if options.token_embeddings == "copied":
+        return
+    if target.tie_word_embeddings:
+        raise CheckpointError(
+            "--token-embeddings computed does not go with model.tie_word_embeddings=true, where the head is the same "
+            "table; use copied, or untie the head"
+        )
+    if not target.embeds_local_tokens:
+        raise CheckpointError(
+            f"--token-embeddings computed does not go with block_length={target.block_length}, where the token decoder "
+            "has no table; use copied, or start with longer blocks"
         )
 
 

@@ -96,12 +96,14 @@ def test_trains_a_fraction_from_the_vanilla_weights(tmp_path: Path, corpus: Path
     again = uptrain("--vanilla", vanilla, "--config", config)
     assert again.returncode == 0
     assert "is complete at step 14; nothing to do" in again.stdout
+    other = uptrain("--vanilla", vanilla, "--config", config, "--layers", "random")
+    assert_one_clear_error(other, "initial_weights was made in another way: layers is 'partition' there and 'random'")
 
 
 @pytest.mark.slow
 def test_grows_blocks_in_stages_and_goes_on_after_an_interruption(tmp_path: Path, corpus: Path, vanilla: Path) -> None:
     config = target(tmp_path, corpus, optimizer={"learning_rate": 1e-9, "warmup_steps": 1})
-    command = ["--vanilla", vanilla, "--config", config, "--block-lengths", "1,4", "--token-embeddings", "computed"]
+    command = ["--vanilla", vanilla, "--config", config, "--block-lengths", "1,4"]
     process = subprocess.Popen([sys.executable, str(TOOL), *map(str, command)], start_new_session=True)
     first = tmp_path / "runs" / "target.blocks_of_1"
     deadline = time.monotonic() + 120
@@ -161,6 +163,8 @@ def test_mistakes_are_explained_before_anything_is_made(
         ((vanilla, config, "--fraction", "0"), ("--fraction 0",)),
         ((vanilla, config, "--fraction", "0.01"), ("optimizer.warmup_steps=3", "train.steps=1", "--fraction")),
         ((vanilla, config, "--block-lengths", "1,2"), ("--block-lengths 1,2", "model.block_length=4")),
+        ((vanilla, config, "--fraction", "0.001"), ("train.steps=0 is not allowed", "--fraction")),
+        ((vanilla, config, "--block-lengths", "2,3,4"), ("from 2 to 3", "each divides the next")),
         ((vanilla, config, "--block-lengths", "x"), ("--block-lengths x",)),
         ((vanilla, config, "--layers", "duplicate"), ("layer assignment duplicate", "3")),
     ]:

@@ -197,3 +197,21 @@ def _narrower(**options: int) -> DecoderConfig:
 def test_models_that_do_not_fit_are_refused(changes: dict[str, object], message: str, folders: dict[str, Path]) -> None:
     with open_vanilla_source(folders["partition"]) as vanilla, pytest.raises(CheckpointError, match=message):
         UptrainedSource(vanilla, target(**changes), UptrainingOptions())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"tie_word_embeddings": True}, "computed does not go with model.tie_word_embeddings=true"),
+        ({"block_length": 1}, "computed does not go with block_length=1"),
+    ],
+)
+def test_embeddings_are_computed_only_into_a_table_of_their_own(
+    changes: dict[str, object], message: str, tmp_path: Path
+) -> None:
+    tied = vanilla_folder(tmp_path / "tied", GOLDEN / "uptrain_partition" / "vanilla.safetensors", 4)
+    config = json.loads((tied / "config.json").read_text())
+    (tied / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+    options = UptrainingOptions(token_embeddings="computed")
+    with open_vanilla_source(tied) as vanilla, pytest.raises(CheckpointError, match=message):
+        UptrainedSource(vanilla, target(**changes), options)
