@@ -10,6 +10,7 @@ SOURCE = "vanilla"
 SHORT = "scratch_short"
 RANDOM = "random"
 FRACTION = 0.1
+DRAW_SEEDS = 100  # apart, so that no draw has the seed of another
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,7 @@ class Method:
         fraction: part of the full schedule's steps.
         uptraining: options of tools/uptrain_from_vanilla.py; None: trained from scratch.
         is_extra: not needed for the study's question, so that fewer seeds may do.
+        draws: models per seed, each with other random layers; a seed counts with their mean.
     """
 
     name: str
@@ -31,6 +33,7 @@ class Method:
     fraction: float = FRACTION
     uptraining: tuple[str, ...] | None = None
     is_extra: bool = False
+    draws: int = 1
 
 
 METHODS = (
@@ -40,7 +43,8 @@ METHODS = (
     Method("partition", "uptrained, partition", "block", uptraining=("--layers", "partition")),
     Method("skip", "uptrained, skip", "block", uptraining=("--layers", "skip")),
     Method("duplicate", "uptrained, duplicate (16 layers)", "block_double", uptraining=("--layers", "duplicate")),
-    Method(RANDOM, "uptrained, random layers", "block", uptraining=("--layers", "random")),
+    # One order of layers is much better than another, so that one draw per seed says little.
+    Method(RANDOM, "uptrained, random layers", "block", uptraining=("--layers", "random"), draws=3),
     Method("average", "uptrained, average of neighbours", "block", uptraining=("--layers", "average"), is_extra=True),
     Method(
         "computed",
@@ -82,26 +86,40 @@ class Study:
     def runs(self) -> list["StudyRun"]:
         """All runs, seed by seed, so that differences show early; the extra ones come last."""
         return [
-            StudyRun(self, method, seed)
+            StudyRun(self, method, seed, draw)
             for is_extra, seeds in ((False, self.seeds), (True, self.extra_seeds))
             for seed in range(seeds)
             for method in METHODS
             if method.is_extra == is_extra
+            for draw in range(method.draws)
         ]
 
 
 @dataclass(frozen=True)
 class StudyRun:
-    """One model: a method with a seed, which draws its initial weights, layer order and data order."""
+    """One model: a method with a seed, which draws its initial weights, random layers and order of sequences.
+
+    Attributes:
+        study: where it belongs.
+        method: which one.
+        seed: from 0.
+        draw: from 0; another one changes the random layers only.
+    """
 
     study: Study
     method: Method
     seed: int
+    draw: int = 0
 
     @property
     def name(self) -> str:
         """Name of its run and files."""
-        return f"{self.method.name}-seed{self.seed}"
+        return f"{self.method.name}-seed{self.seed}" + (f"-draw{self.draw}" if self.draw else "")
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps that it trains."""
+        return round(self.study.steps * self.method.fraction)
 
     @property
     def needs(self) -> str | None:
@@ -126,13 +144,12 @@ class StudyRun:
         settings = [
             f"run.root={runs}",
             f"run.name={self.name}",
-            f"run.seed={self.seed}",
+            f"run.seed={self.seed + DRAW_SEEDS * self.draw}",
             f"data.seed={self.seed}",
             f"data.path={self.study.output / 'shards'}",
         ]
         if self.method.uptraining is None:
-            steps = round(self.study.steps * self.method.fraction)
-            return [*_tool("pretrain"), config, *settings, f"train.steps={steps}", "--launcher", "local"]
+            return [*_tool("pretrain"), config, *settings, f"train.steps={self.steps}", "--launcher", "local"]
         return [
             *_tool("uptrain_from_vanilla"),
             *(

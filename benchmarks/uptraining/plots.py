@@ -14,7 +14,7 @@ DOTS_PER_INCH = 100
 
 
 def plot_losses(results: Results, path: Path) -> None:
-    """Validation loss by method with standard deviations over seeds, and each seed as a dot."""
+    """Validation loss by method with standard deviations over seeds, and each model as a dot."""
     figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
     shown = list(results.values())[::-1]
     for row, result in enumerate(shown):
@@ -22,9 +22,10 @@ def plot_losses(results: Results, path: Path) -> None:
         axes.errorbar(
             result.spread.mean, row, xerr=result.spread.deviation or 0.0, fmt="s", color=color, capsize=4, markersize=5
         )
-        axes.plot(result.losses, [row] * len(result.losses), ".", color="black", alpha=0.5, markersize=5)
+        singles = [loss for losses in result.single_losses for loss in losses]
+        axes.plot(singles, [row] * len(singles), ".", color="black", alpha=0.5, markersize=5)
     axes.set_yticks(range(len(shown)), [result.method.label for result in shown])
-    axes.set_xlabel("validation loss (nats per token), mean and standard deviation over seeds")
+    axes.set_xlabel("validation loss (nats per token), mean and standard deviation over seeds; dots: models")
     axes.grid(axis="x", alpha=0.3)
     _save(figure, path)
 

@@ -28,8 +28,9 @@ class MethodResult:
     Attributes:
         method: which one.
         seeds: the seeds, ascending.
-        losses: nats per token, one per seed.
+        losses: nats per token, one per seed: the mean of its draws.
         by_position: the same by position in the block, [seeds][L]; [seeds][1] for vanilla.
+        single_losses: those of all draws, [seeds][draws].
         steps: optimizer steps of each model.
         targets: tokens that were predicted.
     """
@@ -38,6 +39,7 @@ class MethodResult:
     seeds: tuple[int, ...]
     losses: tuple[float, ...]
     by_position: tuple[tuple[float, ...], ...]
+    single_losses: tuple[tuple[float, ...], ...]
     steps: int
     targets: int
 
@@ -76,24 +78,30 @@ def in_deviations(difference: Spread) -> float | None:
 
 def read_results(runs: Sequence[StudyRun]) -> dict[str, MethodResult]:
     """Collects the evaluations of finished runs, in the order of METHODS."""
-    values = {run: json.loads(run.result.read_text(encoding="utf-8")) for run in runs if run.result.is_file()}
+    finished = [run for run in runs if run.result.is_file()]
     results = {}
     for method in METHODS:
-        mine = {run.seed: value for run, value in values.items() if run.method == method}
+        mine = [run for run in finished if run.method == method]
         if mine:
-            results[method.name] = _collect(method, dict(sorted(mine.items())))
+            results[method.name] = _collect(method, mine)
     return results
 
 
-def _collect(method: Method, values: Mapping[int, Mapping[str, Any]]) -> MethodResult:
-    first = next(iter(values.values()))
+def _collect(method: Method, runs: Sequence[StudyRun]) -> MethodResult:
+    """Summarizes the finished runs of one method."""
+    by_seed: dict[int, list[dict[str, Any]]] = {}
+    for run in sorted(runs, key=lambda run: (run.seed, run.draw)):
+        by_seed.setdefault(run.seed, []).append(json.loads(run.result.read_text(encoding="utf-8")))
+    singles = tuple(tuple(value["loss"] for value in values) for values in by_seed.values())
+    positions = [zip(*(value["loss_by_position"] for value in values), strict=True) for values in by_seed.values()]
     return MethodResult(
         method=method,
-        seeds=tuple(values),
-        losses=tuple(value["loss"] for value in values.values()),
-        by_position=tuple(tuple(value["loss_by_position"]) for value in values.values()),
-        steps=first["step"],
-        targets=first["targets"],
+        seeds=tuple(by_seed),
+        losses=tuple(mean(losses) for losses in singles),
+        by_position=tuple(tuple(map(mean, columns)) for columns in positions),
+        single_losses=singles,
+        steps=runs[0].steps,
+        targets=next(iter(by_seed.values()))[0]["targets"],
     )
 
 
@@ -105,6 +113,7 @@ def results_as_json(results: Results) -> str:
             "steps": result.steps,
             "targets": result.targets,
             "loss_by_seed": dict(zip(map(str, result.seeds), result.losses, strict=True)),
+            "losses_of_draws_by_seed": dict(zip(map(str, result.seeds), result.single_losses, strict=True)),
             "loss_by_position_by_seed": dict(zip(map(str, result.seeds), result.by_position, strict=True)),
             "mean_loss": result.spread.mean,
             "standard_deviation": result.spread.deviation,

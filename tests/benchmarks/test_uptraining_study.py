@@ -48,7 +48,7 @@ def results(study: Study) -> dict[str, MethodResult]:
     for run in study.runs:
         losses = LOSSES.get(run.method.name, ())
         if run.seed < len(losses):
-            loss = losses[run.seed]
+            loss = losses[run.seed] + (run.draw - 1) * 0.01 * (run.method.draws > 1)
             write_result(run, loss, [loss] if run.method.name == "vanilla" else [loss + 0.5, loss, loss, loss + 0.1])
     return read_results(study.runs)
 
@@ -60,10 +60,11 @@ def configured(run: StudyRun) -> RunConfig:
     return load_config(path, overrides)
 
 
-def test_every_seed_has_each_method_once_and_the_extra_ones_come_last(study: Study) -> None:
+def test_every_seed_has_each_method_and_the_extra_ones_come_last(study: Study) -> None:
     names = [run.name for run in study.runs]
     extra = sum(method.is_extra for method in METHODS)
-    assert len(names) == len(set(names)) == 3 * (len(METHODS) - extra) + extra
+    draws = sum(method.draws for method in METHODS if not method.is_extra)
+    assert len(names) == len(set(names)) == 3 * draws + extra
     assert all(run.method.is_extra for run in study.runs[-extra:])
 
 
@@ -71,7 +72,7 @@ def test_runs_differ_only_where_the_study_compares(study: Study) -> None:
     configs = {run.name: configured(run) for run in study.runs}
     for run in study.runs:
         config = configs[run.name]
-        assert (config.run.seed, config.data.seed) == (run.seed, run.seed)
+        assert (config.run.seed, config.data.seed) == (run.seed + 100 * run.draw, run.seed)
         is_short_from_scratch = run.method.uptraining is None and run.method.fraction < 1
         assert config.train.steps == (250 if is_short_from_scratch else 2500)
         assert config.optimizer.warmup_steps < 250 // 3, "also each of three stages is longer than its warm-up"
@@ -118,7 +119,9 @@ class FakeRun(StudyRun):
 
 @pytest.fixture
 def fake_runs(study: Study) -> list[StudyRun]:
-    return [FakeRun(study, run.method, run.seed) for run in study.runs if run.method.name in LOSSES][:5]
+    return [FakeRun(study, run.method, run.seed) for run in study.runs if run.method.name in LOSSES and not run.draw][
+        :5
+    ]
 
 
 def test_runs_wait_for_their_source_and_finished_ones_are_skipped(fake_runs: list[StudyRun]) -> None:
@@ -171,7 +174,7 @@ def test_gains_are_paired_by_seed(results: dict[str, MethodResult]) -> None:
 def test_the_table_shows_spread_and_gains(results: dict[str, MethodResult]) -> None:
     lines = table(results).splitlines()
     assert len(lines) == 2 + len(LOSSES)
-    assert "| vanilla source | 250 | 3 | 3.100 ± 0.100 | 1.000 ± 0.000 " in lines[2]
+    assert "| vanilla source | 2,500 | 3 | 3.100 ± 0.100 | 1.000 ± 0.000 " in lines[2]
     assert lines[3].endswith("| 4.100 ± 0.100 |  | -0.100 ± 0.173 (-0.6 sd) |")
     assert lines[4] == (
         "| uptrained, partition | 250 | 3 | 3.600 ± 0.100 | 0.500 ± 0.100 (5.0 sd) | 0.400 ± 0.100 (4.0 sd) |"
@@ -188,6 +191,8 @@ def test_the_position_table_has_the_block_models_only(results: dict[str, MethodR
 def test_the_numbers_are_written_by_seed(results: dict[str, MethodResult]) -> None:
     written = json.loads(results_as_json(results))
     assert written["partition"]["loss_by_seed"] == {"0": 3.5, "1": 3.6, "2": 3.7}
+    assert written["random"]["losses_of_draws_by_seed"]["0"] == pytest.approx([3.79, 3.8, 3.81])
+    assert written["random"]["loss_by_seed"]["0"] == pytest.approx(3.8)
     assert written["partition"]["standard_deviation"] == pytest.approx(0.1)
     assert written["average"]["standard_deviation"] is None
 
