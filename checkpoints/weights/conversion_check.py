@@ -64,6 +64,11 @@ def compare(source: WeightSource, output: Path, dtype: torch.dtype | None = None
         expected = logits_of(source, ids)
     else:
         expected = piecewise_logits(source.model, lambda name: source.read(name).to(dtype).float(), ids)
+    if not bool(expected.isfinite().all()):
+        raise CheckpointError(
+            f"{source.description} computes logits that are no numbers, so there is nothing to compare with: its "
+            "weights are damaged, or too large for --dtype; nothing was kept"
+        )
     with open_weight_source(output) as written:
         actual = logits_of(written, ids)
     difference = Difference(

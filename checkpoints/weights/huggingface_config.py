@@ -61,10 +61,13 @@ def model_from_huggingface(config: Mapping[str, Any], sequence_length: int | Non
             decoder=DecoderConfig(**_stack(config, family)),
             backbone=BackboneConfig(**backbone),
             tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
-            initializer_std=config.get("initializer_range", 0.02),
+            initializer_std=_number(config, "initializer_range", 0.02),
         )
     except ValidationError as error:
-        raise CheckpointError(f"config.json describes no model of ours: {error.errors()[0]['msg']}") from None
+        first = error.errors()[0]
+        field, reason = ".".join(map(str, first["loc"])), first["msg"].removeprefix("Value error, ")
+        given = f"{field}={first['input']!r}: " if field and first["type"] != "value_error" else ""
+        raise CheckpointError(f"config.json describes no model of ours: {given}{reason}") from None
 
 
 def family_of(config: Mapping[str, Any]) -> str:
@@ -85,27 +88,32 @@ def rotary_settings(config: Mapping[str, Any]) -> RotarySettings:
     Raises:
         CheckpointError: positions are scaled.
     """
-    parameters = config.get("rope_parameters") or {}
-    scaling = config.get("rope_scaling") or parameters
+    parameters = _section(config, "rope_parameters")
+    scaling = _section(config, "rope_scaling") or parameters
     kind = scaling.get("rope_type", scaling.get("type"))
     if kind not in _ROPE_SCALING_TYPES:
         field = "rope_parameters" if scaling is parameters else "rope_scaling"
         raise CheckpointError(f"config.json has {field} of type {kind!r}; scaled rotary positions are not supported")
     neox = config.get("model_type") == GPT_NEOX
-    base = parameters.get("rope_theta", config.get("rotary_emb_base" if neox else "rope_theta", 10000.0))
-    whole = config.get("rotary_pct", 0.25) if neox else config.get("partial_rotary_factor", 1.0)
-    return RotarySettings(float(base), float(parameters.get("partial_rotary_factor", whole)))
+    base = _number(config, "rotary_emb_base" if neox else "rope_theta", 10000.0)
+    fraction = _number(config, "rotary_pct", 0.25) if neox else _number(config, "partial_rotary_factor", 1.0)
+    return RotarySettings(
+        _number(parameters, "rope_theta", base), _number(parameters, "partial_rotary_factor", fraction)
+    )
 
 
 def head_size_of(config: Mapping[str, Any]) -> int:
     """Width of one attention head."""
-    given = config.get("head_dim", _DEFAULT_HEAD_SIZE.get(str(config.get("model_type"))))
-    return int(given or _integer(config, "hidden_size") // _integer(config, "num_attention_heads"))
+    default = _DEFAULT_HEAD_SIZE.get(str(config.get("model_type")))
+    if config.get("head_dim", default) is None:
+        return _integer(config, "hidden_size") // _integer(config, "num_attention_heads")
+    return _integer(config, "head_dim", default)
 
 
 def _stack(config: Mapping[str, Any], family: str) -> dict[str, Any]:
     width, heads = _integer(config, "hidden_size"), _integer(config, "num_attention_heads")
-    groups = heads if family == GPT_NEOX else config.get("num_key_value_heads") or heads
+    is_grouped = family != GPT_NEOX and config.get("num_key_value_heads") is not None
+    groups = _integer(config, "num_key_value_heads") if is_grouped else heads
     head_size = width // heads if family == GPT_NEOX else head_size_of(config)
     return {
         "num_layers": _integer(config, "num_hidden_layers"),
@@ -123,7 +131,7 @@ def _neox_backbone(config: Mapping[str, Any]) -> dict[str, Any]:
     parallel = config.get("use_parallel_residual", True)
     return {
         "norm": "layer_norm",
-        "norm_epsilon": config.get("layer_norm_eps", 1e-5),
+        "norm_epsilon": _number(config, "layer_norm_eps", 1e-5),
         "residual": "parallel" if parallel else "sequential",
         "feed_forward": "gelu",
         "bias": "all",
@@ -142,7 +150,7 @@ def _llama_backbone(config: Mapping[str, Any], family: str) -> dict[str, Any]:
         )
     return {
         "norm": "rms_norm",
-        "norm_epsilon": config.get("rms_norm_eps", 1e-6),
+        "norm_epsilon": _number(config, "rms_norm_eps", 1e-6),
         "residual": "sequential",
         "feed_forward": "swiglu",
         "bias": bias,
@@ -158,13 +166,15 @@ def _check_activation(config: Mapping[str, Any], family: str) -> None:
 
 
 def _check_attention_window(config: Mapping[str, Any], family: str, length: int) -> None:
-    window = config.get("sliding_window")
+    if family == GPT_NEOX or config.get("sliding_window") is None:
+        return
+    window = _integer(config, "sliding_window")
     kinds = config.get("layer_types")
-    if kinds is not None:
+    if isinstance(kinds, list):
         used = "sliding_attention" in kinds
     else:
         used = family == "mistral" or bool(config.get("use_sliding_window"))
-    if family == GPT_NEOX or not used or window is None or window >= length:
+    if not used or window >= length:
         return
     raise CheckpointError(
         f"config.json has sliding_window={window}, which is shorter than sequences of {length} tokens and is not "
@@ -174,8 +184,22 @@ def _check_attention_window(config: Mapping[str, Any], family: str, length: int)
 
 def _integer(config: Mapping[str, Any], field: str, default: int | None = None) -> int:
     value = config.get(field, default)
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise CheckpointError(f"config.json has {field}={value!r}; it must be a whole number")
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise CheckpointError(f"config.json has {field}={value!r}; it must be a whole number above 0")
+    return value
+
+
+def _number(config: Mapping[str, Any], field: str, default: float) -> float:
+    value = config.get(field, default)
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        raise CheckpointError(f"config.json has {field}={value!r}; it must be a number")
+    return float(value)
+
+
+def _section(config: Mapping[str, Any], field: str) -> Mapping[str, Any]:
+    value = config.get(field) or {}
+    if not isinstance(value, Mapping):
+        raise CheckpointError(f"config.json has {field}={value!r}; it must be an object")
     return value
 
 

@@ -110,8 +110,8 @@ class TensorFiles:
             listed = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise CheckpointError(f"{index} is no index of safetensors files ({error}); fetch it again") from None
-        for file_name in sorted(set(listed.values())):
-            if Path(file_name).name != file_name:
+        for file_name in dict.fromkeys(listed.values()):
+            if not isinstance(file_name, str) or Path(file_name).name != file_name:
                 raise CheckpointError(f"{index} names {file_name}, which is not a file beside it; fetch it again")
             if not (self.directory / file_name).is_file():
                 raise CheckpointError(f"{index} names {file_name}, which is missing; fetch it again")

@@ -45,6 +45,15 @@ def changed(source: Path, folder: Path, config: dict[str, Any], tensors: dict[st
         ({"attention_bias": True}, "attention_bias=true; only llama with both"),
         ({"mlp_bias": True}, "mlp_bias=true; only llama with both"),
         ({"hidden_size": "many"}, "hidden_size='many'; it must be a whole number"),
+        ({"num_attention_heads": 0}, "num_attention_heads=0; it must be a whole number above 0"),
+        ({"num_key_value_heads": "2"}, "num_key_value_heads='2'; it must be a whole number"),
+        ({"head_dim": 8.5}, r"head_dim=8\.5; it must be a whole number"),
+        ({"rms_norm_eps": "1e-6"}, "rms_norm_eps='1e-6'; it must be a number"),
+        ({"rms_norm_eps": 0}, "norm_epsilon=0.0: Input should be greater than 0"),
+        ({"rope_parameters": {"rope_theta": "x"}}, "rope_theta='x'; it must be a number"),
+        ({"rope_parameters": [1]}, r"rope_parameters=\[1\]; it must be an object"),
+        ({"rope_scaling": "dynamic"}, "rope_scaling='dynamic'; it must be an object"),
+        ({"model_type": "mistral", "sliding_window": "4096"}, "sliding_window='4096'; it must be a whole number"),
         ({"num_key_value_heads": 3}, "num_attention_heads=4 is not a multiple of num_key_value_heads=3"),
         (
             {"num_key_value_heads": 4},
@@ -96,6 +105,13 @@ def test_tensors_that_do_not_fit(tmp_path: Path, llama: Path) -> None:
         pytest.raises(CheckpointError, match=rf"{WEIGHTS} holds {name} as I64, which is not supported"),
     ):
         source.read("vanilla.output.norm.weight")
+
+
+def test_weights_that_are_no_numbers(tmp_path: Path, llama: Path) -> None:
+    damaged = changed(llama, tmp_path / "source", {}, {"model.norm.weight": torch.full((32,), torch.nan)})
+    with pytest.raises(CheckpointError, match=r"source computes logits that are no numbers.*nothing was kept"):
+        converted(damaged, tmp_path / "output", "ours")
+    assert not (tmp_path / "output").exists()
 
 
 def test_folders_without_readable_weights(tmp_path: Path, llama: Path) -> None:
@@ -151,6 +167,10 @@ def test_a_broken_index(tmp_path: Path) -> None:
     index.write_text(json.dumps(content))
     with pytest.raises(CheckpointError, match=r"elsewhere.safetensors, which is not a file beside it"):
         open_weight_source(tmp_path)
+    content["weight_map"]["model.norm.weight"] = 7
+    index.write_text(json.dumps(content))
+    with pytest.raises(CheckpointError, match=r"names 7, which is not a file beside it"):
+        open_weight_source(tmp_path)
     index.write_text("[]")
     with pytest.raises(CheckpointError, match="is no index of safetensors files"):
         open_weight_source(tmp_path)
@@ -164,8 +184,8 @@ def test_an_output_that_exists_or_fails_is_left_as_it_was(tmp_path: Path, llama:
         converted(llama, tmp_path / "reference", "reference")
     with pytest.raises(CheckpointError, match="--dtype does not go with --to ours"):
         converted(llama, tmp_path / "ours", "ours", dtype=torch.float16)
-    # float16 has no numbers this large: the written model is not the source.
+    # float16 has no numbers this large.
     huge = changed(llama, tmp_path / "huge", {}, {"model.norm.weight": torch.full((32,), 1e6)})
-    with pytest.raises(CheckpointError, match=r"computes something else.*nothing was kept"):
+    with pytest.raises(CheckpointError, match=r"are no numbers.*too large for --dtype; nothing was kept"):
         converted(huge, tmp_path / "narrow", "huggingface", dtype=torch.float16)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["huge", "output"]
