@@ -28,7 +28,7 @@ class Dropout:
         self.rate = rate
         weights = torch.arange(1, token_ids.numel() + 1, device=token_ids.device)
         seed = int((token_ids.flatten() * weights).sum()) * 1009 + rank
-        self.generator = torch.Generator(token_ids.device).manual_seed(seed)
+        self.generator = torch.Generator(token_ids.device).manual_seed(seed % 2**63)
 
     def __call__(self, hidden: Tensor) -> Tensor:
         """Zeroes values at the given rate and scales the others up."""

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from parallel.component_config import EmbedderConfig, EncoderConfig
 from parallel.config import ModelConfig, ParallelConfig
+from parallel.encoder import Dropout
 from parallel.inputs import MicroBatch, prepare_inputs
 from parallel.stage import Stage, build_stage
 from parallel.topology import initialize_topology
@@ -46,6 +47,11 @@ def test_rate_and_scale() -> None:
     assert abs(float((first == 0).float().mean()) - 0.25) < 0.01
     assert not torch.equal(first, dropout(torch.ones(200, 200))), "every place draws its own mask"
     assert not torch.equal(first, encoder._dropout(batch(1).token_ids)(torch.ones(200, 200)))
+
+
+def test_long_batches_of_large_ids_have_a_seed_too() -> None:
+    dropped = Dropout(0.5, torch.full((1, 1 << 21), 250_000), rank=1)
+    assert set(dropped(torch.ones(64)).tolist()) == {0.0, 2.0}
 
 
 def _embedded_under_tensor_parallelism() -> list[list[list[float]]]:
