@@ -53,6 +53,12 @@ class MethodResult:
         """Of the losses at each position."""
         return [spread(values) for values in zip(*self.by_position, strict=True)]
 
+    @property
+    def relative_position_spreads(self) -> list[Spread]:
+        """The same, of differences to each model's mean over positions."""
+        rows = [[loss - mean(row) for loss in row] for row in self.by_position]
+        return [spread(values) for values in zip(*rows, strict=True)]
+
 
 Results = Mapping[str, MethodResult]
 

@@ -188,6 +188,12 @@ def test_the_position_table_has_the_block_models_only(results: dict[str, MethodR
     assert lines[3] == "| uptrained, partition | 4.100 ± 0.100 | 3.600 ± 0.100 | 3.600 ± 0.100 | 3.700 ± 0.100 |"
 
 
+def test_relative_positions_leave_out_what_seeds_differ_in(results: dict[str, MethodResult]) -> None:
+    spreads = results["partition"].relative_position_spreads
+    assert [one.mean for one in spreads] == pytest.approx([0.35, -0.15, -0.15, -0.05])
+    assert [one.deviation for one in spreads] == pytest.approx([0.0] * 4, abs=1e-9)
+
+
 def test_the_numbers_are_written_by_seed(results: dict[str, MethodResult]) -> None:
     written = json.loads(results_as_json(results))
     assert written["partition"]["loss_by_seed"] == {"0": 3.5, "1": 3.6, "2": 3.7}
