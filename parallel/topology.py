@@ -1,8 +1,10 @@
 """The one topology: tensor x pipeline x data on `megatron.core.parallel_state`, and DeepSpeed's view of it."""
 
+import itertools
 import os
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import cache
 from typing import Any
 
 import torch
@@ -12,6 +14,8 @@ from megatron.core import parallel_state
 from parallel.config import ParallelConfig
 from parallel.cpu_adaptation import adapt_megatron_to_cpu
 from parallel.errors import ConfigurationError
+
+_started_groups = itertools.count()
 
 
 @dataclass(frozen=True)
@@ -56,7 +60,17 @@ def start_process_group(timeout: timedelta = timedelta(minutes=30)) -> None:
         # DeepSpeed takes it for the index of a GPU, which it is not where each process sees only its own.
         os.environ["LOCAL_RANK"] = str(device)
         backend = "nccl"
-    torch.distributed.init_process_group(backend, timeout=timeout)
+    store, rank, world_size = _meeting_point(timeout)
+    # Torchrun's store outlives a group; the addresses that one has left there must not be read by the next.
+    own_keys = torch.distributed.PrefixStore(f"group_{next(_started_groups)}", store)
+    torch.distributed.init_process_group(backend, store=own_keys, rank=rank, world_size=world_size, timeout=timeout)
+
+
+@cache
+def _meeting_point(timeout: timedelta) -> tuple[torch.distributed.Store, int, int]:
+    """The job's store, the same for all groups that a process starts; its rank and the number of processes."""
+    meeting: tuple[torch.distributed.Store, int, int] = next(torch.distributed.rendezvous("env://", timeout=timeout))
+    return meeting
 
 
 def start_single_process() -> Coordinates:

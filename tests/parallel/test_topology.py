@@ -1,0 +1,37 @@
+"""Process groups one after another in the same processes, as the stages of an uptraining under torchrun start them."""
+
+import os
+
+import torch.distributed
+
+from parallel import topology
+from parallel.config import ParallelConfig
+from tests.processes import run_processes
+
+
+def _sums_of_groups_in_turn() -> list[float]:
+    """Starts groups that meet at a store which outlives them, like that of torchrun."""
+    rank = torch.distributed.get_rank()
+    server = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) if rank == 0 else None
+    box = [server.port if server else None]
+    torch.distributed.broadcast_object_list(box)
+    torch.distributed.destroy_process_group()
+    os.environ.update(MASTER_PORT=str(box[0]), TORCHELASTIC_USE_AGENT_STORE="True")
+    topology._meeting_point.cache_clear()
+    sums = []
+    for value in (1.0, 2.0, 3.0):
+        topology.start_process_group()
+        topology.initialize_topology(ParallelConfig(data=2))
+        tensor = torch.tensor(value)
+        torch.distributed.all_reduce(tensor)
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+        sums.append(float(tensor))
+        if rank == 0:
+            topology.start_single_process()
+            torch.distributed.destroy_process_group()
+    return sums
+
+
+def test_groups_follow_each_other_at_one_store() -> None:
+    assert run_processes(2, _sums_of_groups_in_turn) == [[2.0, 4.0, 6.0]] * 2
