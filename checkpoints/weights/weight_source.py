@@ -199,14 +199,15 @@ def open_weight_source(
     """
     if not path.is_dir():
         raise CheckpointError(f"{path} is not a folder; give a folder of weights, or a run such as runs/NAME")
-    if (path / MANIFEST).is_file() or (path / "checkpoints").is_dir():
+    holds_weights = (path / SINGLE_FILE).is_file() or (path / INDEX_FILE).is_file()
+    if (path / MANIFEST).is_file() or ((path / "checkpoints").is_dir() and not holds_weights):
         return CheckpointSource(find_trained_model(path))
     yaml_file = reference_config or path / REFERENCE_CONFIG
     if reference_config is not None or (yaml_file.is_file() and not (path / HUGGINGFACE_CONFIG).is_file()):
         return _open_reference(path, yaml_file, sequence_length)
     if (path / HUGGINGFACE_CONFIG).is_file():
         return _open_huggingface(path, sequence_length)
-    if (path / SINGLE_FILE).is_file() or (path / INDEX_FILE).is_file():
+    if holds_weights:
         raise CheckpointError(
             f"{path} holds weights but no {HUGGINGFACE_CONFIG}; for a model of the reference code give its trainer "
             "YAML with --config"

@@ -176,6 +176,13 @@ def test_a_broken_index(tmp_path: Path) -> None:
         open_weight_source(tmp_path)
 
 
+def test_a_folder_of_weights_may_hold_other_folders(tmp_path: Path, llama: Path) -> None:
+    source = changed(llama, tmp_path / "source", {})
+    (source / "checkpoints").mkdir()
+    with open_weight_source(source) as opened:
+        assert opened.details["family"] == "llama"
+
+
 def test_an_output_that_exists_or_fails_is_left_as_it_was(tmp_path: Path, llama: Path) -> None:
     (tmp_path / "output").mkdir()
     with pytest.raises(CheckpointError, match="output exists; name a new folder"):
