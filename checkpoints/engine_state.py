@@ -120,6 +120,17 @@ def load_weights(module: torch.nn.Module, reader: FragmentReader) -> None:
             parameter.copy_(values.view(shard.local_shape))
 
 
+def load_master_weights(engine: Any, reader: FragmentReader) -> None:
+    """Fills the engine's fp32 master weights from weights in full precision; its own come from the rounded stage.
+
+    Args:
+        engine: built on a stage that load_weights has filled.
+        reader: the checkpoint.
+    """
+    for part in owned_parts(engine):
+        part.view(part.partition).copy_(_read(reader, part, "weight"))
+
+
 def load_optimizer(engine: Any, reader: FragmentReader, optimizer_steps: int) -> None:
     """Fills the engine's fp32 master weights and Adam moments from a checkpoint, whatever layout wrote it.
 
@@ -132,17 +143,19 @@ def load_optimizer(engine: Any, reader: FragmentReader, optimizer_steps: int) ->
         _check_shape(reader, part.name, part.shard)
         state = _moments(engine.basic_optimizer, part.partition, optimizer_steps)
         for kind, target in zip(KINDS, (part.partition, state["exp_avg"], state["exp_avg_sq"]), strict=True):
-            shard = part.shard
-            values = reader.read(
-                part.name,
-                kind,
-                split_axis=shard.axis,
-                split_start=shard.start,
-                split_stop=shard.stop,
-                flat_start=part.start,
-                flat_stop=part.stop,
-            )
-            part.view(target).copy_(values)
+            part.view(target).copy_(_read(reader, part, kind))
+
+
+def _read(reader: FragmentReader, part: OwnedPart, kind: str) -> Tensor:
+    return reader.read(
+        part.name,
+        kind,
+        split_axis=part.shard.axis,
+        split_start=part.shard.start,
+        split_stop=part.shard.stop,
+        flat_start=part.start,
+        flat_stop=part.stop,
+    )
 
 
 def _moments(optimizer: torch.optim.Optimizer, partition: Tensor, steps: int) -> dict[str, Tensor]:

@@ -9,7 +9,7 @@ from megatron.core.transformer import TransformerConfig
 from torch import Tensor, nn
 
 from parallel.component_config import BackboneConfig, DecoderConfig
-from parallel.linear import column_parallel, row_parallel
+from parallel.linear import SharedRowsLinear, column_parallel, row_parallel
 from parallel.norms import build_head_norm
 
 
@@ -31,9 +31,37 @@ def apply_rotary(states: Tensor, size: int, base: float) -> Tensor:
     return torch.cat((rotated * cos + turned * sin, passed), dim=-1)
 
 
-def _local_groups(stack: DecoderConfig) -> int:
-    """Key and value heads of this tensor-parallel rank."""
-    return stack.key_value_heads // parallel_state.get_tensor_model_parallel_world_size()
+class LocalHeads:
+    """Which heads of a stack this tensor-parallel rank computes.
+
+    Either each rank has whole groups of query heads with their key and value heads, or, with fewer groups than ranks,
+    several ranks share a group: each has some of its queries, and all have its key and value head.
+
+    Attributes:
+        groups: key and value heads.
+        queries: query heads of each of them.
+        shares_group: the second case.
+    """
+
+    def __init__(self, stack: DecoderConfig) -> None:
+        size = parallel_state.get_tensor_model_parallel_world_size()
+        self._stack = stack
+        self._ranks_per_group = size // stack.key_value_heads
+        self.shares_group = size > stack.key_value_heads
+        self.groups = 1 if self.shares_group else stack.key_value_heads // size
+        self.queries = stack.num_attention_heads // size // self.groups
+
+    def fused(self, inputs: int, queries_per_group: int, megatron: TransformerConfig, bias: bool) -> nn.Module:
+        """Layer to [group][queries_per_group query heads | key head | value head]; of these this rank's part."""
+        group_size = (queries_per_group + 2) * self._stack.head_size
+        outputs = self._stack.key_value_heads * group_size
+        if not self.shares_group:
+            return column_parallel(inputs, outputs, megatron, bias)
+        group, part = divmod(parallel_state.get_tensor_model_parallel_rank(), self._ranks_per_group)
+        local = self.queries if queries_per_group else 0
+        heads = torch.arange(outputs).view(self._stack.key_value_heads, -1, self._stack.head_size)[group]
+        rows = torch.cat((heads[part * local : (part + 1) * local], heads[queries_per_group:])).flatten()
+        return SharedRowsLinear(inputs, outputs, rows, megatron, bias)
 
 
 class SelfAttention(nn.Module):
@@ -55,10 +83,11 @@ class SelfAttention(nn.Module):
         super().__init__()
         self.sequence_first = sequence_first
         self.stack = stack
+        self.local = LocalHeads(stack)
         self.rotary_size = int(stack.head_size * backbone.rotary_fraction)
         self.rotary_base = backbone.rotary_base
-        self.query_key_value = column_parallel(
-            stack.hidden_size, stack.query_key_value_size, megatron, bias=backbone.bias != "none"
+        self.query_key_value = self.local.fused(
+            stack.hidden_size, stack.queries_per_group, megatron, bias=backbone.bias != "none"
         )
         self.dense = row_parallel(stack.attention_size, stack.hidden_size, megatron, bias=backbone.bias == "all")
         self.query_norm: nn.Module | None = None
@@ -85,14 +114,14 @@ class SelfAttention(nn.Module):
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
         return F.scaled_dot_product_attention(
-            query, key, value, attn_mask=mask, is_causal=mask is None, enable_gqa=self.stack.queries_per_group > 1
+            query, key, value, attn_mask=mask, is_causal=mask is None, enable_gqa=self.local.queries > 1
         )
 
     def _heads(self, fused: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Query [batch, heads, length, head_size], key and value [batch, groups, length, head_size]."""
         rows, columns, _ = fused.shape
-        queries = self.stack.queries_per_group
-        heads = fused.view(rows, columns, _local_groups(self.stack), queries + 2, self.stack.head_size)
+        queries = self.local.queries
+        heads = fused.view(rows, columns, self.local.groups, queries + 2, self.stack.head_size)
         heads = heads.permute(1, 2, 3, 0, 4) if self.sequence_first else heads.permute(0, 2, 3, 1, 4)
         query, key, value = heads[:, :, :queries].flatten(1, 2), heads[:, :, queries], heads[:, :, queries + 1]
         if self.query_norm is not None and self.key_norm is not None:
@@ -112,10 +141,10 @@ class CrossAttention(nn.Module):
     def __init__(self, stack: DecoderConfig, backbone: BackboneConfig, megatron: TransformerConfig) -> None:
         super().__init__()
         self.stack = stack
-        key_value_size = 2 * stack.key_value_heads * stack.head_size
+        self.local = LocalHeads(stack)
         biases = backbone.bias != "none"
         self.query = column_parallel(stack.hidden_size, stack.attention_size, megatron, bias=biases)
-        self.key_value = column_parallel(stack.hidden_size, key_value_size, megatron, bias=biases)
+        self.key_value = self.local.fused(stack.hidden_size, 0, megatron, bias=biases)
         self.dense = row_parallel(stack.attention_size, stack.hidden_size, megatron, bias=backbone.bias == "all")
 
     def forward(self, hidden: Tensor, context: Tensor) -> Tensor:
@@ -124,8 +153,8 @@ class CrossAttention(nn.Module):
         key_value, _ = self.key_value(context)
         batch, length, _ = query.shape
         query = query.view(batch, length, -1, self.stack.head_size).transpose(1, 2)
-        key_value = key_value.view(batch, key_value.shape[1], _local_groups(self.stack), -1).transpose(1, 2)
+        key_value = key_value.view(batch, key_value.shape[1], self.local.groups, -1).transpose(1, 2)
         key, value = key_value.chunk(2, dim=-1)
-        attended = F.scaled_dot_product_attention(query, key, value, enable_gqa=self.stack.queries_per_group > 1)
+        attended = F.scaled_dot_product_attention(query, key, value, enable_gqa=self.local.queries > 1)
         output, _ = self.dense(attended.transpose(1, 2).reshape(batch, length, -1))
         return output

@@ -226,7 +226,8 @@ def check_layout(model: ModelConfig, parallel: ParallelConfig) -> None:
         )
     for stack in model.stacks:
         _check_split("num_attention_heads", stack.num_attention_heads, tensor)
-        _check_split("num_key_value_heads", stack.key_value_heads, tensor)
+        if tensor % stack.key_value_heads:  # fewer heads than ranks: ranks share one
+            _check_split("num_key_value_heads", stack.key_value_heads, tensor)
         _check_split("ffn_hidden_size", stack.feed_forward_size, tensor)
     if model.is_block and model.embedder.has_encoder:
         _check_split("embedder.encoder.num_attention_heads", model.embedder.roberta.num_attention_heads, tensor)

@@ -1,10 +1,14 @@
 """Megatron-core's tensor-parallel linear layers and embedding table, and how their parameters are marked."""
 
+import torch
+import torch.nn.functional as F
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel import (
     ColumnParallelLinear,
     RowParallelLinear,
     VocabParallelEmbedding,
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
     set_tensor_model_parallel_attributes,
 )
 from megatron.core.transformer import TransformerConfig
@@ -78,6 +82,40 @@ def replicated(inputs: int, outputs: int, megatron: TransformerConfig) -> nn.Lin
     layer = nn.Linear(inputs, outputs, dtype=megatron.params_dtype)
     mark_partial_gradient(layer, megatron.sequence_parallel)
     return layer
+
+
+class SharedRowsLinear(nn.Module):
+    """Linear layer that every tensor-parallel rank holds whole and of which it computes some output features.
+
+    For matrices whose features do not divide, such as fused queries, keys and values where ranks share a key head. Its
+    gradient is a part on each rank; that of its input is summed over the ranks, as in a column-parallel layer.
+
+    Args:
+        inputs: input features.
+        outputs: output features.
+        rows: int64, the output features of this rank.
+        megatron: Megatron-core's settings.
+        bias: whether it has a bias.
+    """
+
+    rows: Tensor
+
+    def __init__(self, inputs: int, outputs: int, rows: Tensor, megatron: TransformerConfig, bias: bool) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(outputs, inputs, dtype=megatron.params_dtype))
+        self.bias = nn.Parameter(torch.empty(outputs, dtype=megatron.params_dtype)) if bias else None
+        self.sequence_parallel = megatron.sequence_parallel
+        self.register_buffer("rows", rows, persistent=False)
+        mark_partial_gradient(self, megatron.tensor_model_parallel_size > 1)
+
+    def forward(self, hidden: Tensor) -> tuple[Tensor, None]:
+        """This rank's output features of all rows of hidden states; Megatron-core's layers return a pair too."""
+        gather = (
+            gather_from_sequence_parallel_region if self.sequence_parallel else copy_to_tensor_model_parallel_region
+        )
+        hidden = gather(hidden, group=parallel_state.get_tensor_model_parallel_group())
+        bias = None if self.bias is None else self.bias[self.rows]
+        return F.linear(hidden, self.weight[self.rows], bias), None
 
 
 class TokenEmbedding(VocabParallelEmbedding):

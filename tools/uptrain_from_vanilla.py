@@ -8,6 +8,7 @@ if Path(sys.path[0]).resolve() == Path(__file__).resolve().parent:
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 import argparse
+import os
 import warnings
 
 # Megatron-core warns at import about optional libraries that this project does not use.
@@ -18,10 +19,11 @@ from checkpoints.uptraining.initial_weights import UptrainingOptions
 from checkpoints.uptraining.layer_assignment import METHODS
 from data.errors import DataError
 from parallel.errors import ConfigurationError
+from slurm.identity import identity_from_environment
 from tools.command_line import exit_on_termination, run
 from train.config_file import load_config
 from train.report import dry_run_report
-from train.uptraining import check_source, uptraining_runs
+from train.uptraining import FOLDER, check_source, uptraining_runs
 
 NEEDED = (
     "give the vanilla weights and the target: python tools/uptrain_from_vanilla.py --vanilla DIR --config CONFIG; DIR "
@@ -75,11 +77,14 @@ def main() -> int:
     vanilla = arguments.vanilla.absolute()
     options = UptrainingOptions(arguments.layers, arguments.token_embeddings, config.run.seed)
     runs = uptraining_runs(config, arguments.fraction, lengths(arguments.block_lengths))
-    origins = check_source(vanilla, runs[0], options)
-    if arguments.dry_run:
-        for one in runs:
-            print(dry_run_report(one))
-    print("\n".join(f"{name} <- {origin}" for name, origin in origins), flush=True)
+    identity = identity_from_environment(os.environ)
+    is_first = identity is None or identity.rank == 0
+    if arguments.dry_run or not (runs[0].directory / FOLDER).is_dir():
+        origins = check_source(vanilla, runs[0], options)
+        if arguments.dry_run:
+            print("\n".join(dry_run_report(one) for one in runs))
+        if is_first:
+            print("\n".join(f"{name} <- {origin}" for name, origin in origins), flush=True)
     if arguments.dry_run:
         return 0
     exit_on_termination()

@@ -26,7 +26,7 @@ from train.batches import split_global_batch
 from train.config import OptimizerConfig
 from train.metrics import global_loss_sums
 from train.optimizer import adamw
-from train.selftest_models import MODELS, UNPIPELINED, UNSPLIT, VARIANTS
+from train.selftest_models import MODELS, UNPIPELINED, VARIANTS
 from train.step import StepEngine
 
 WORLD_SIZES = (1, 2, 4, 8)
@@ -252,15 +252,12 @@ def _all_cases() -> list[Case]:
         case("PP4", pipeline=4),
         case("TP2 x PP2 x DP2 + sequence parallel", tensor=2, pipeline=2, data=2, sequence=True),
         case("TP2 x PP2 x DP2, bf16", tensor=2, pipeline=2, data=2, precision="bf16"),
-        *(case(f"TP2, {name}", tensor=2, model=name) for name in ("Qwen3", "Qwen2, tied")),
+        *(case(f"TP2, {name}", tensor=2, model=name) for name in ("Qwen3", "Qwen2, tied", "vanilla, multi-query")),
         case("TP2 + sequence parallel, ZeRO 3, Qwen2, tied", tensor=2, sequence=True, zero=3, model="Qwen2, tied"),
-        *(
-            case(f"TP2 + sequence parallel, {name}", tensor=2, sequence=True, model=name)
-            for name in VARIANTS
-            if name not in UNSPLIT
-        ),
+        *(case(f"TP2 + sequence parallel, {name}", tensor=2, sequence=True, model=name) for name in VARIANTS),
         *(case(f"PP2, {name}", pipeline=2, model=name) for name in VARIANTS if name not in UNPIPELINED),
         case("TP2 x PP2, cross-attention", tensor=2, pipeline=2, model="cross-attention"),
+        case("TP4, Llama", tensor=4, model="Llama"),  # two ranks share each key and value head
     ]
 
 

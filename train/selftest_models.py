@@ -57,8 +57,10 @@ MODELS: dict[str, ModelConfig] = {
     "blocks of eight": _block(block_length=8, prefix_length=4),
     "vanilla Llama": _vanilla(backbone=LLAMA, decoder=GROUPED),
     "vanilla, multi-query": _vanilla(decoder=_stack(num_key_value_heads=1)),
+    "cross-attention, multi-query": _block(
+        token_decoder_input="cross_attention", token_decoder=_stack(num_key_value_heads=1)
+    ),
     "vanilla Qwen2, tied": _vanilla(backbone=QWEN2, decoder=GROUPED, tie_word_embeddings=True),
 }
-UNSPLIT = ("vanilla, multi-query",)  # one key and value head: no tensor parallelism
 UNPIPELINED = ("vanilla Qwen2, tied",)  # first and last piece share a table
 VARIANTS = [name for name in MODELS if name not in ("block", "vanilla")]

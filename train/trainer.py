@@ -7,7 +7,7 @@ from enum import Enum
 
 import torch
 
-from checkpoints.engine_state import load_optimizer, load_weights
+from checkpoints.engine_state import load_master_weights, load_optimizer, load_weights
 from checkpoints.fragments import FragmentReader
 from checkpoints.store import LoadedCheckpoint
 from parallel.cpu_adaptation import compute_device
@@ -110,6 +110,8 @@ class Trainer:
         )
         if reader and checkpoint:
             load_optimizer(self.engine.engine, reader, self.progress.optimizer_steps)
+        elif reader:
+            load_master_weights(self.engine.engine, reader)
         if reader:
             reader.close()
         self._announce(checkpoint)

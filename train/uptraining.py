@@ -177,7 +177,7 @@ def _write(
     try:
         with new_directory(folder) as temporary:
             write_ours(source, temporary, Conversion("ours"), progress)
-            record = {**made_from, "origins": dict(source.origins())}
+            record = {**made_from, "read_from": str(source.path), "origins": dict(source.origins())}
             write_durably(temporary / RECORD, json.dumps(record, indent=1) + "\n")
     finally:
         torch.distributed.destroy_process_group()

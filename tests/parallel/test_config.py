@@ -43,15 +43,17 @@ def test_model_settings_that_do_not_fit(changes: dict[str, Any], message: str) -
 @pytest.mark.parametrize(
     ("name", "layout", "message"),
     [
-        ("vanilla, multi-query", {"tensor": 2}, "num_key_value_heads=1 is not a multiple of parallel.tensor=2"),
+        ("grouped", {"tensor": 4}, "num_key_value_heads=6 is not a multiple of parallel.tensor=4"),
         ("RoBERTa", {"tensor": 4}, "embedder.encoder.num_attention_heads=2 is not a multiple of parallel.tensor=4"),
         ("Qwen2, tied", {"pipeline": 4}, "parallel.pipeline=4 would part .*use at most 3, or untie"),
         ("vanilla Qwen2, tied", {"pipeline": 2}, "parallel.pipeline=2 would part .*use at most 1, or untie"),
     ],
 )
 def test_layouts_that_do_not_fit(name: str, layout: dict[str, int], message: str) -> None:
+    grouped = {**STACK, "num_attention_heads": 12, "hidden_size": 96, "num_key_value_heads": 6}
+    models = {**MODELS, "grouped": model(block_decoder=grouped)}
     with pytest.raises(ValueError, match=message):
-        check_layout(MODELS[name], ParallelConfig(**layout))  # type: ignore[arg-type]
+        check_layout(models[name], ParallelConfig(**layout))  # type: ignore[arg-type]
 
 
 def test_lengths_follow_the_way_the_context_is_read() -> None:

@@ -127,3 +127,42 @@ def test_an_interruption_leaves_nothing_half_made(source: Path, tmp_path: Path) 
         assert list(tmp_path.iterdir()) == []
     else:  # it had finished before the signal came
         assert (process.returncode, [path.name for path in tmp_path.iterdir()]) == (0, ["ours"])
+
+
+PEAK = """
+import resource, runpy, sys
+sys.argv = ["convert_checkpoint.py", *sys.argv[1:]]
+try:
+    runpy.run_path(sys.argv.pop(1), run_name="__main__")
+finally:
+    print("peak", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+
+
+@pytest.mark.slow
+def test_memory_stays_near_one_copy_of_the_weights(tmp_path: Path) -> None:
+    """Against the same program on a model of nothing: a file's fp32 values, and once more while they are written."""
+    peaks = {}
+    for name, width, layers in (("nothing", 32, 1), ("large", 1024, 5)):
+        save_transformers(
+            tmp_path / name,
+            "GPTNeoX",
+            torch.bfloat16,
+            vocab_size=1024,
+            hidden_size=width,
+            num_hidden_layers=layers,
+            num_attention_heads=width // 16,
+            intermediate_size=4 * width,
+        )
+        command = [
+            sys.executable,
+            "-c",
+            PEAK,
+            TOOLS / "convert_checkpoint.py",
+            tmp_path / name,
+            tmp_path / f"our-{name}",
+        ]
+        result = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=300, check=True)
+        peaks[name] = 1024 * int(result.stdout.split("peak ")[1])
+    copy = 4 * (5 * 12 * 1024**2 + 2 * 1024**2)
+    assert peaks["large"] - peaks["nothing"] < 2 * copy
