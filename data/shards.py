@@ -4,6 +4,7 @@ import io
 import os
 import tarfile
 import weakref
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -102,6 +103,9 @@ class ShardWriter:
 
     def abandon(self) -> None:
         """Deletes the unfinished shard."""
+        # Before its file: a tar stream that is still open writes its buffer when it is collected.
+        with suppress(Exception):
+            self._tar.close()
         self._file.close()
         self._temporary.unlink(missing_ok=True)
 

@@ -26,7 +26,7 @@ from train.batches import split_global_batch
 from train.config import OptimizerConfig
 from train.metrics import global_loss_sums
 from train.optimizer import adamw
-from train.selftest_models import MODELS, UNPIPELINED, VARIANTS
+from train.selftest_models import MODELS, SEQUENCE_PARALLEL, UNPIPELINED, VARIANTS
 from train.step import StepEngine
 
 WORLD_SIZES = (1, 2, 4, 8)
@@ -206,59 +206,72 @@ def parity_matrix(world_size: int) -> list[Case]:
 
 
 def _all_cases() -> list[Case]:
-    def case(
-        name: str,
-        tensor: int = 1,
-        pipeline: int = 1,
-        data: int = 1,
-        zero: Literal[0, 1, 2, 3] = 1,
-        sequence: bool = False,
-        recompute: bool = False,
-        **options: Any,
-    ) -> Case:
-        parallel = ParallelConfig(
-            tensor=tensor,
-            pipeline=pipeline,
-            data=data,
-            zero_stage=zero,
-            sequence_parallel=sequence,
-            activation_checkpointing=recompute,
-        )
-        return Case(name, parallel, **options)
+    return [*_paper_cases(), *_variant_cases()]
 
+
+def _paper_cases() -> list[Case]:
+    """Every layout, of the paper's two architectures."""
     return [
-        *(case(f"one process, ZeRO {zero}", zero=zero) for zero in (0, 1, 2, 3)),
-        case("one process, micro-batch 2", micro_batch_size=2),
-        case("one process, bf16", precision="bf16"),
-        case("TP2", tensor=2),
-        case("TP2, ZeRO 0", tensor=2, zero=0),
-        case("TP2 + sequence parallel", tensor=2, sequence=True),
-        case("TP2 + sequence parallel, ZeRO 0, recompute", tensor=2, sequence=True, zero=0, recompute=True),
-        case("TP2 + sequence parallel, ZeRO 3", tensor=2, sequence=True, zero=3),
-        case("TP2 + sequence parallel, vanilla", tensor=2, sequence=True, model="vanilla"),
-        case("TP2 + sequence parallel, bf16", tensor=2, sequence=True, precision="bf16"),
-        *(case(f"PP2, ZeRO {zero}", pipeline=2, zero=zero) for zero in (0, 1, 2)),
-        case("PP2, vanilla, recompute", pipeline=2, model="vanilla", recompute=True),
-        case("PP2, bf16", pipeline=2, precision="bf16"),
-        *(case(f"DP2, ZeRO {zero}", data=2, zero=zero) for zero in (0, 1, 2, 3)),
-        case("DP2, ZeRO 1, micro-batch 2", data=2, micro_batch_size=2),
-        case("DP2, ZeRO 3, micro-batch 2, recompute", data=2, zero=3, micro_batch_size=2, recompute=True),
-        *(case(f"DP2, ZeRO {zero}, bf16", data=2, zero=zero, precision="bf16") for zero in (1, 2, 3)),
-        *(case(f"TP2 x PP2, ZeRO {zero}", tensor=2, pipeline=2, zero=zero, sequence=zero == 1) for zero in (0, 1)),
-        case("TP2 x DP2, ZeRO 1", tensor=2, data=2),
-        case("TP2 x DP2 + sequence parallel, ZeRO 2", tensor=2, data=2, zero=2, sequence=True),
-        case("TP2 x DP2, ZeRO 3", tensor=2, data=2, zero=3),
-        *(case(f"PP2 x DP2, ZeRO {zero}", pipeline=2, data=2, zero=zero) for zero in (0, 1, 2)),
-        case("PP4", pipeline=4),
-        case("TP2 x PP2 x DP2 + sequence parallel", tensor=2, pipeline=2, data=2, sequence=True),
-        case("TP2 x PP2 x DP2, bf16", tensor=2, pipeline=2, data=2, precision="bf16"),
-        *(case(f"TP2, {name}", tensor=2, model=name) for name in ("Qwen3", "Qwen2, tied", "vanilla, multi-query")),
-        case("TP2 + sequence parallel, ZeRO 3, Qwen2, tied", tensor=2, sequence=True, zero=3, model="Qwen2, tied"),
-        *(case(f"TP2 + sequence parallel, {name}", tensor=2, sequence=True, model=name) for name in VARIANTS),
-        *(case(f"PP2, {name}", pipeline=2, model=name) for name in VARIANTS if name not in UNPIPELINED),
-        case("TP2 x PP2, cross-attention", tensor=2, pipeline=2, model="cross-attention"),
-        case("TP4, Llama", tensor=4, model="Llama"),  # two ranks share each key and value head
+        *(_case(f"one process, ZeRO {zero}", zero=zero) for zero in (0, 1, 2, 3)),
+        _case("one process, micro-batch 2", micro_batch_size=2),
+        _case("one process, bf16", precision="bf16"),
+        _case("TP2", tensor=2),
+        _case("TP2, ZeRO 0", tensor=2, zero=0),
+        _case("TP2 + sequence parallel", tensor=2, sequence=True),
+        _case("TP2 + sequence parallel, ZeRO 0, recompute", tensor=2, sequence=True, zero=0, recompute=True),
+        _case("TP2 + sequence parallel, ZeRO 3", tensor=2, sequence=True, zero=3),
+        _case("TP2 + sequence parallel, vanilla", tensor=2, sequence=True, model="vanilla"),
+        _case("TP2 + sequence parallel, bf16", tensor=2, sequence=True, precision="bf16"),
+        *(_case(f"PP2, ZeRO {zero}", pipeline=2, zero=zero) for zero in (0, 1, 2)),
+        _case("PP2, vanilla, recompute", pipeline=2, model="vanilla", recompute=True),
+        _case("PP2, bf16", pipeline=2, precision="bf16"),
+        *(_case(f"DP2, ZeRO {zero}", data=2, zero=zero) for zero in (0, 1, 2, 3)),
+        _case("DP2, ZeRO 1, micro-batch 2", data=2, micro_batch_size=2),
+        _case("DP2, ZeRO 3, micro-batch 2, recompute", data=2, zero=3, micro_batch_size=2, recompute=True),
+        *(_case(f"DP2, ZeRO {zero}, bf16", data=2, zero=zero, precision="bf16") for zero in (1, 2, 3)),
+        *(_case(f"TP2 x PP2, ZeRO {zero}", tensor=2, pipeline=2, zero=zero, sequence=zero == 1) for zero in (0, 1)),
+        _case("TP2 x DP2, ZeRO 1", tensor=2, data=2),
+        _case("TP2 x DP2 + sequence parallel, ZeRO 2", tensor=2, data=2, zero=2, sequence=True),
+        _case("TP2 x DP2, ZeRO 3", tensor=2, data=2, zero=3),
+        *(_case(f"PP2 x DP2, ZeRO {zero}", pipeline=2, data=2, zero=zero) for zero in (0, 1, 2)),
+        _case("PP4", pipeline=4),
+        _case("TP2 x PP2 x DP2 + sequence parallel", tensor=2, pipeline=2, data=2, sequence=True),
+        _case("TP2 x PP2 x DP2, bf16", tensor=2, pipeline=2, data=2, precision="bf16"),
     ]
+
+
+def _variant_cases() -> list[Case]:
+    """Every variant of the model, under tensor and pipeline parallelism."""
+    return [
+        *(_case(f"TP2, {name}", tensor=2, model=name) for name in VARIANTS if name not in SEQUENCE_PARALLEL),
+        *(_case(f"TP2 + sequence parallel, {name}", tensor=2, sequence=True, model=name) for name in SEQUENCE_PARALLEL),
+        _case("TP2, Qwen3", tensor=2, model="Qwen3"),
+        _case("TP2, ZeRO 3, Qwen2, tied", tensor=2, zero=3, model="Qwen2, tied"),
+        *(_case(f"PP2, {name}", pipeline=2, model=name) for name in VARIANTS if name not in UNPIPELINED),
+        _case("TP2 x PP2, cross-attention", tensor=2, pipeline=2, model="cross-attention"),
+        _case("TP4, Llama", tensor=4, model="Llama"),  # two ranks share each key and value head
+    ]
+
+
+def _case(
+    name: str,
+    tensor: int = 1,
+    pipeline: int = 1,
+    data: int = 1,
+    zero: Literal[0, 1, 2, 3] = 1,
+    sequence: bool = False,
+    recompute: bool = False,
+    **options: Any,
+) -> Case:
+    parallel = ParallelConfig(
+        tensor=tensor,
+        pipeline=pipeline,
+        data=data,
+        zero_stage=zero,
+        sequence_parallel=sequence,
+        activation_checkpointing=recompute,
+    )
+    return Case(name, parallel, **options)
 
 
 def run_matrix(cases: list[Case], report: Callable[[Comparison], None]) -> list[Comparison]:

@@ -64,3 +64,5 @@ MODELS: dict[str, ModelConfig] = {
 }
 UNPIPELINED = ("vanilla Qwen2, tied",)  # first and last piece share a table
 VARIANTS = [name for name in MODELS if name not in ("block", "vanilla")]
+# What sequence parallelism treats in its own way: rows of blocks, projections, shared tables and heads.
+SEQUENCE_PARALLEL = ("Llama", "RoBERTa CLS, summation", "cross-attention, multi-query", "Qwen2, tied", "Qwen3")

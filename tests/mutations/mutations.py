@@ -78,8 +78,8 @@ MUTATIONS = (
     Mutation(
         "Adam moments not restored",
         "checkpoints/engine_state.py",
-        "            part.view(target).copy_(values)\n",
-        '            if kind == "weight":\n                part.view(target).copy_(values)\n',
+        "            part.view(target).copy_(_read(reader, part, kind))\n",
+        '            if kind == "weight":\n                part.view(target).copy_(_read(reader, part, kind))\n',
         RESUME,
     ),
     Mutation(

@@ -123,12 +123,19 @@ def test_grows_blocks_in_stages_and_goes_on_after_an_interruption(tmp_path: Path
     torch.testing.assert_close(projection, torch.eye(WIDTH).repeat(1, 4) / 4, rtol=0, atol=1e-6)
 
 
-def test_a_dry_run_says_where_each_weight_comes_from(tmp_path: Path, corpus: Path, vanilla: Path) -> None:
-    config = target(tmp_path, corpus)
-    result = uptrain("--vanilla", vanilla, "--config", config, "--layers", "random", "--fraction", "0.5", "--dry-run")
-    assert result.returncode == 0, result.stderr
-    assert "steps: 70" in result.stdout
-    assert "embedder.projection.weight <- mean over the block" in result.stdout
+def test_a_dry_run_says_where_each_weight_comes_from(
+    tmp_path: Path,
+    corpus: Path,
+    vanilla: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    arguments = ["--vanilla", vanilla, "--config", target(tmp_path, corpus), "--layers", "random", "--fraction", "0.5"]
+    monkeypatch.setattr(sys, "argv", ["uptrain_from_vanilla.py", *map(str, arguments), "--dry-run"])
+    assert main() == 0
+    printed = capsys.readouterr().out
+    assert "steps: 70" in printed
+    assert "embedder.projection.weight <- mean over the block" in printed
     assert not (tmp_path / "runs").exists()
 
 
