@@ -13,12 +13,8 @@ USER_ERRORS = (ConfigurationError, DataError, CheckpointError)
 Result = TypeVar("Result")
 
 
-def on_rank_zero(function: Callable[[], Result], group: torch.distributed.ProcessGroup | None = None) -> Result:
+def on_rank_zero(function: Callable[[], Result]) -> Result:
     """Calls a function on rank 0 and gives its result, or its user error, to all ranks.
-
-    Args:
-        function: what to do.
-        group: all ranks, as another group than the default one; for use in a thread.
 
     Raises:
         ConfigurationError: if the function does.
@@ -31,7 +27,7 @@ def on_rank_zero(function: Callable[[], Result], group: torch.distributed.Proces
             box = [function()]
         except USER_ERRORS as error:
             box = [error]
-    torch.distributed.broadcast_object_list(box, src=0, group=group)
+    torch.distributed.broadcast_object_list(box, src=0)
     if isinstance(box[0], USER_ERRORS):
         raise box[0]
     result: Result = box[0]
