@@ -16,6 +16,7 @@ import yaml
 
 from checkpoints.store import CheckpointStore
 from slurm.launch import run_submitit_task
+from tests.tools.outcomes import assert_one_clear_error
 from tests.train.small_run import prepare_small_corpus, small_run
 from train.config_file import config_text
 
@@ -48,15 +49,6 @@ def finished(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> tuple[Pa
 
 def pretrain(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
     return subprocess.run([*COMMAND, *map(str, arguments)], capture_output=True, text=True, cwd=cwd, timeout=300)
-
-
-def assert_one_clear_error(result: subprocess.CompletedProcess[str], *parts: str) -> None:
-    assert result.returncode == 2, result.stdout + result.stderr
-    assert "Traceback" not in result.stdout + result.stderr
-    errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
-    assert len(errors) == 1, result.stderr
-    for part in parts:
-        assert part in errors[0], errors[0]
 
 
 def run_folder(config_file: Path) -> Path:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 import yaml
 from safetensors.torch import load_file, save_file
 
@@ -18,6 +19,7 @@ from checkpoints.errors import CheckpointError
 from checkpoints.fragments import FragmentReader
 from checkpoints.store import CheckpointStore
 from parallel.errors import ConfigurationError
+from tests.tools.outcomes import assert_one_clear_error
 from tests.train.small_run import VOCABULARY, prepare_small_corpus, small_run
 from tools.uptrain_from_vanilla import main
 from train.config_file import config_text
@@ -36,7 +38,6 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def vanilla(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Hugging Face GPT-NeoX model with random weights."""
     folder = tmp_path_factory.mktemp("vanilla")
-    transformers = pytest.importorskip("transformers")
     config = transformers.GPTNeoXConfig(
         vocab_size=VOCABULARY,
         hidden_size=WIDTH,
@@ -62,15 +63,6 @@ def target(root: Path, corpus: Path, **sections: dict[str, Any]) -> Path:
 def uptrain(*arguments: object) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(TOOL), *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
-
-
-def assert_one_clear_error(result: subprocess.CompletedProcess[str], *parts: str) -> None:
-    assert result.returncode == 2, result.stdout + result.stderr
-    assert "Traceback" not in result.stdout + result.stderr
-    errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
-    assert len(errors) == 1, result.stderr
-    for part in parts:
-        assert part in errors[0], errors[0]
 
 
 @pytest.mark.slow
