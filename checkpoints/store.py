@@ -239,16 +239,23 @@ class CheckpointStore:
         Returns:
             The steps that were retired.
         """
-        published = self._published()
+        retired, published = self.retirable(), self._published()
+        self._hide_and_delete([published[step] for step in retired])
+        return retired
+
+    def retirable(self) -> list[int]:
+        """The steps that ``prune`` would retire now."""
         intact = [step for step in self.complete_steps() if step not in self._damaged]
         if not intact:
             return []
         keep = set(intact[-self.keep_last :]) | {self._last_published}
         if self.keep_every is not None:
             keep.update(step for step in intact if step % self.keep_every == 0)
-        retired = sorted(step for step in published if step < intact[-1] and step not in keep)
-        self._hide_and_delete([published[step] for step in retired])
-        return retired
+        return sorted(step for step in self._published() if step < intact[-1] and step not in keep)
+
+    def published(self) -> dict[int, Path]:
+        """All published steps, ascending, with their directories; damaged ones too."""
+        return dict(sorted(self._published().items()))
 
     def wait(self) -> None:
         """Block until background deletion has ended; for tests and for a tidy exit."""

@@ -200,6 +200,10 @@ class ParallelConfig(BaseModel):
         """Number of processes the layout needs."""
         return self.tensor * self.pipeline * self.data
 
+    def __str__(self) -> str:
+        sequence = " + sequence parallel" if self.sequence_parallel else ""
+        return f"tensor {self.tensor}{sequence} x pipeline {self.pipeline} x data {self.data}, ZeRO {self.zero_stage}"
+
     @model_validator(mode="after")
     def _supported(self) -> Self:
         if self.sequence_parallel and self.tensor == 1:

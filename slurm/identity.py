@@ -2,7 +2,9 @@
 
 import re
 import socket
+import subprocess
 from collections.abc import Mapping
+from datetime import datetime
 
 from parallel.errors import ConfigurationError
 from train.process import ProcessIdentity
@@ -11,6 +13,7 @@ LOCAL_ADDRESS = "127.0.0.1"
 DEFAULT_PORT = 29500
 # Below the range from which systems hand out ports by themselves.
 FIRST_PORT, NUM_PORTS = 10_000, 20_000
+SQUEUE_SECONDS = 30.0
 
 
 def identity_from_environment(environment: Mapping[str, str]) -> ProcessIdentity | None:
@@ -44,7 +47,21 @@ def _slurm_identity(environment: Mapping[str, str]) -> ProcessIdentity:
         local_world_size=_tasks_on_this_node(environment, world_size),
         master_address=environment.get("MASTER_ADDR") or _first_node(environment),
         master_port=int(environment.get("MASTER_PORT") or FIRST_PORT + job % NUM_PORTS),
+        job_end=job_end(environment) if int(environment["SLURM_PROCID"]) == 0 else None,
     )
+
+
+def job_end(environment: Mapping[str, str]) -> float | None:
+    """Unix time at which Slurm ends this job; older versions do not set it, so squeue is asked. None: not known."""
+    known = environment.get("SLURM_JOB_END_TIME", "")
+    if known.isdecimal():
+        return float(known)
+    command = ["squeue", "--noheader", f"--jobs={environment.get('SLURM_JOB_ID', 0)}", "--format=%e"]
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=SQUEUE_SECONDS, check=True).stdout
+        return datetime.fromisoformat(answer.strip()).timestamp()
+    except (OSError, subprocess.SubprocessError, ValueError):
+        return None
 
 
 def _tasks_on_this_node(environment: Mapping[str, str], world_size: int) -> int:

@@ -3,10 +3,11 @@
 #
 #     sbatch slurm/pretrain_block_1b.sh [section.field=value ...]
 #
-# Before its time limit the job saves a checkpoint and puts itself back into the queue, until the run is complete.
+# Before its time limit the job saves a checkpoint and puts itself back into the queue, until the run is complete; after a
+# crash it does so too, unless three restarts in a row made no new checkpoint.
 # Options before the script replace those below: sbatch --nodes=4 --partition=P --account=A slurm/pretrain_block_1b.sh
 # Environment: RUN_CONFIG (another configuration), VENV (another environment), SITE_SETUP (a file to source first, for
-# modules and network settings), MAX_RESTARTS (how often the job may put itself back).
+# modules and network settings).
 #SBATCH --job-name=block_1b
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=8
@@ -60,9 +61,8 @@ status=0
 srun --kill-on-bad-exit=1 "$python" tools/pretrain.py "$config" "parallel.data=$((tasks / replica))" \
   --launcher inline "$@" || status=$?
 
-# 143: stopped by SIGTERM after saving. A cancelled job gets that signal too, but does not count as running any more.
-if ((status == 143)) && [[ "$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T)" == RUNNING ]]; then
-  ((${SLURM_RESTART_COUNT:-0} < ${MAX_RESTARTS:-100})) || fail "restarted ${MAX_RESTARTS:-100} times; submit it again"
-  scontrol requeue "$SLURM_JOB_ID"
+# Slurm puts a job back by itself after a preemption or a node's failure, but not after a status other than 0.
+if ((status != 0)); then
+  "$python" -m slurm.requeue "$(planned run root)/$(planned run name)" "$status"
 fi
 exit "$status"

@@ -2,19 +2,24 @@
 
 import os
 import subprocess
-from dataclasses import dataclass
+import threading
+import time
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch.distributed
+from torch import Tensor
 
 from checkpoints.engine_state import engine_fragments
 from checkpoints.errors import CheckpointError
 from checkpoints.fragments import write_fragments
-from checkpoints.records import FileRecord
+from checkpoints.records import FileRecord, Fragment
 from checkpoints.store import CheckpointStore, LoadedCheckpoint
 from train.config import RunConfig
 from train.rank_zero import on_rank_zero
+
+Fragments = list[tuple[Fragment, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -29,20 +34,55 @@ class Progress:
         optimizer_steps: updates done; fewer than step if a batch had no valid target.
         consumed_sequences: position in the stream of sequences.
         stream: fingerprint of that stream.
+        skipped_steps: steps without an update because something was not finite, or the loss a spike.
+        skipped_in_a_row: those of them directly before this point.
+        left_out: positions in the stream whose global batches are not read again after a roll-back.
+        validation_due: the validation after this step was interrupted.
     """
 
     step: int
     optimizer_steps: int
     consumed_sequences: int
     stream: str
+    skipped_steps: int = 0
+    skipped_in_a_row: int = 0
+    left_out: tuple[int, ...] = ()
+    validation_due: bool = False
+
+
+@dataclass(frozen=True)
+class FinishedSave:
+    """How a checkpoint was written.
+
+    Attributes:
+        step: its step.
+        path: the step directory; None if it was not published.
+        blocked_seconds: how long training waited for it.
+        seconds: from the beginning to the publication.
+        error: why it was not published.
+    """
+
+    step: int
+    path: Path | None
+    blocked_seconds: float
+    seconds: float
+    error: CheckpointError | None = None
 
 
 class RunCheckpoints:
-    """The checkpoints of a run; every method is called by all ranks together."""
+    """The checkpoints of a run; every method is called by all ranks together.
+
+    A save copies the tensors and returns; a thread of each rank writes the copy, and rank 0 publishes when all have
+    written theirs. One save is under way at a time: the next waits for it.
+    """
 
     def __init__(self, config: RunConfig, folder: Path) -> None:
         self.config = config
         self.store = CheckpointStore(folder, config.checkpoint.keep_last, config.checkpoint.keep_every)
+        # A group of its own: the threads' messages must not meet those of training.
+        self._group = torch.distributed.new_group(backend="gloo")
+        self._thread: threading.Thread | None = None
+        self._finished: list[FinishedSave] = []
 
     def newest(self) -> LoadedCheckpoint | None:
         """The newest intact checkpoint, found and verified by rank 0.
@@ -52,22 +92,62 @@ class RunCheckpoints:
         """
         return on_rank_zero(self.store.newest)
 
-    def save(self, engine: Any, progress: Progress) -> Path:
-        """Writes a checkpoint; it becomes visible when all ranks have written their part.
+    def save(self, engine: Any, progress: Progress) -> None:
+        """Begins a checkpoint; it becomes visible when all ranks have written their part.
 
         Raises:
-            CheckpointError: on all ranks, if any failed; older checkpoints are untouched.
+            CheckpointError: on all ranks, if it cannot be begun; older checkpoints are untouched.
         """
+        started = time.perf_counter()
+        self.wait()
         temporary = on_rank_zero(lambda: self.store.begin(progress.step))
-        outcome = self._write(engine, temporary)
-        outcomes: list[FileRecord | CheckpointError | None] = [None] * torch.distributed.get_world_size()
-        torch.distributed.all_gather_object(outcomes, outcome)
-        return on_rank_zero(lambda: self._publish(temporary, outcomes, progress))
+        fragments = [(fragment, _copy(values)) for fragment, values in engine_fragments(engine)]
+        blocked = time.perf_counter() - started
 
-    def _write(self, engine: Any, temporary: Path) -> FileRecord | CheckpointError:
+        def finish() -> None:
+            error, path = None, None
+            try:
+                path = self._write_all(fragments, temporary, progress)
+            except CheckpointError as raised:
+                error = raised
+            except Exception as raised:  # a thread's error would be lost otherwise
+                error = CheckpointError(f"saving was interrupted: {type(raised).__name__}: {raised}")
+            seconds = time.perf_counter() - started
+            self._finished.append(FinishedSave(progress.step, path, blocked, seconds, error))
+
+        if not self.config.checkpoint.asynchronous:
+            finish()
+            self._finished[-1] = replace(self._finished[-1], blocked_seconds=self._finished[-1].seconds)
+            return
+        self._thread = threading.Thread(target=finish, name="checkpoint-writing", daemon=True)
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Waits for the save under way, if any."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+    def finished(self) -> list[FinishedSave]:
+        """Saves that have ended since the last call, in order; may differ between ranks by a moment."""
+        done, self._finished = self._finished, []
+        return done
+
+    def close(self) -> None:
+        """Waits for what is under way, deletion included."""
+        self.wait()
+        self.store.wait()
+
+    def _write_all(self, fragments: Fragments, temporary: Path, progress: Progress) -> Path:
+        outcome = self._write(fragments, temporary)
+        outcomes: list[FileRecord | CheckpointError | None] = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(outcomes, outcome, group=self._group)
+        return on_rank_zero(lambda: self._publish(temporary, outcomes, progress), self._group)
+
+    def _write(self, fragments: Fragments, temporary: Path) -> FileRecord | CheckpointError:
         name = f"rank_{torch.distributed.get_rank():05d}.safetensors"
         try:
-            return write_fragments(temporary / name, engine_fragments(engine))
+            return write_fragments(temporary / name, fragments)
         except CheckpointError as error:
             return error
 
@@ -91,6 +171,11 @@ class RunCheckpoints:
         }
 
 
+def _copy(values: Tensor) -> Tensor:
+    """A copy in main memory that training does not change."""
+    return values.detach().to("cpu", copy=True)
+
+
 def progress_of(checkpoint: LoadedCheckpoint) -> Progress:
     """Where the run stood when the checkpoint was written.
 
@@ -102,7 +187,8 @@ def progress_of(checkpoint: LoadedCheckpoint) -> Progress:
             f"{checkpoint.path} holds imported weights without an optimizer's state, so no run can go on from it; "
             "choose another run.name, and give these weights as run.initial_weights"
         )
-    return Progress(**checkpoint.metadata["progress"])
+    recorded = checkpoint.metadata["progress"]
+    return Progress(**{**recorded, "left_out": tuple(recorded.get("left_out", ()))})
 
 
 def code_version() -> str:

@@ -88,9 +88,42 @@ class CheckpointConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     every: int = Field(default=1000, ge=1, description="Optimizer steps between checkpoints; the last is always saved.")
+    asynchronous: bool = Field(
+        default=False, description="Train on while a copy of the weights and moments is being written."
+    )
     keep_last: int = Field(default=2, ge=1, description="Newest checkpoints that are kept.")
     keep_every: int | None = Field(
         default=None, ge=1, description="Also keep each checkpoint whose step is a multiple."
+    )
+
+
+class StabilityConfig(BaseModel):
+    """What happens when the loss or the gradient is not finite, or the loss jumps."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    max_skipped_steps: int = Field(
+        default=10, ge=1, description="So many steps in a row without an update, for any reason, stop the run."
+    )
+    spike_deviations: float | None = Field(
+        default=None,
+        gt=0.0,
+        description="A loss so many standard deviations above the mean of the last `spike_window` is a spike; null: "
+        "none ever is.",
+    )
+    spike_window: int = Field(default=100, ge=10, description="Steps whose losses a spike is measured against.")
+    spike_policy: Literal["warn", "skip", "roll_back"] = Field(
+        default="warn",
+        description="`warn`: say so; `skip`: throw the step's gradients away; `roll_back`: return to the newest "
+        "checkpoint and leave the batch out.",
+    )
+    hang_timeout_seconds: float = Field(
+        default=1800.0,
+        gt=0.0,
+        description="A rank that makes no progress for so long prints the stack of all its threads and ends.",
+    )
+    stop_before_end_seconds: float = Field(
+        default=300.0, ge=0.0, description="How long before the end of the Slurm job to save and leave."
     )
 
 
@@ -116,6 +149,7 @@ class RunConfig(BaseModel):
     validation: ValidationConfig = Field(default=ValidationConfig(), description="Validation during training.")
     checkpoint: CheckpointConfig = Field(default=CheckpointConfig(), description="Checkpoints.")
     logging: LoggingConfig = Field(default=LoggingConfig(), description="Console and TensorBoard.")
+    stability: StabilityConfig = Field(default=StabilityConfig(), description="Non-finite values, spikes and hangs.")
 
     @property
     def directory(self) -> Path:

@@ -41,6 +41,18 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
         raise ConfigurationError(f"config {path}: {explain(error)}") from None
 
 
+def recorded_config(path: Path) -> RunConfig:
+    """The configuration that a run has recorded in its folder.
+
+    Raises:
+        ConfigurationError: there is none, or it is not of this version.
+    """
+    try:
+        return RunConfig.model_validate(_read_yaml(path))
+    except ValidationError as error:
+        raise ConfigurationError(f"config {path}: {explain(error)}") from None
+
+
 def _resolve_paths(values: dict[str, Any], folder: Path) -> None:
     """Makes the relative paths among the values absolute, in place."""
     for section, field in PATH_FIELDS:

@@ -8,25 +8,28 @@ import torch.distributed
 from megatron.core import parallel_state
 
 from parallel.schedule import LossSums
+from train.requests import Request
 
 
 def global_loss_sums(sums: LossSums) -> LossSums:
     """Adds the loss sums of all ranks; see agree."""
-    return agree(sums, stop=False)[0]
+    return agree(sums, Request.NONE)[0]
 
 
-def agree(sums: LossSums, stop: bool) -> tuple[LossSums, bool]:
-    """Adds the loss sums of all ranks and tells all of them whether any wants to stop, in one all-reduce.
+def agree(sums: LossSums, request: Request) -> tuple[LossSums, Request]:
+    """Adds the loss sums of all ranks and tells all of them the most urgent request of any, in one all-reduce.
 
     Tensor-parallel ranks hold the same losses, so only the first counts; other pipeline stages hold zeros.
     """
     packed = torch.cat((sums.loss, sums.count))
     if parallel_state.get_tensor_model_parallel_rank() != 0:
         packed = torch.zeros_like(packed)
-    packed = torch.cat((packed, packed.new_tensor([float(stop)])))
+    asked = packed.new_tensor([float(request >= level) for level in Request])
+    packed = torch.cat((packed, asked))
     torch.distributed.all_reduce(packed)
-    loss, count = packed[:-1].chunk(2)
-    return LossSums(loss, count), bool(packed[-1] > 0)
+    loss, count = packed[: -len(Request)].chunk(2)
+    most_urgent = int((packed[-len(Request) :] > 0).sum()) - 1
+    return LossSums(loss, count), Request(most_urgent)
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,11 @@
 """Console lines, progress bar and TensorBoard, on rank 0 only."""
 
+import json
 import os
 import resource
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -11,10 +13,12 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from train.checkpointing import FinishedSave
 from train.config import RunConfig
 from train.config_file import config_text
 from train.metrics import MeanLoss
 from train.process import INTERACTIVE
+from train.status import PROGRESS_FILE
 from train.throughput import SpeedMeter
 
 
@@ -41,6 +45,7 @@ class Monitor:
         self.config = config
         self.meter = meter
         self._last_step = config.train.last_step
+        self._progress_file = folder.parent / PROGRESS_FILE
         self._writer = SummaryWriter(str(folder), purge_step=first_step)
         self._writer.add_text("config", "```yaml\n" + config_text(config) + "```", first_step)
         self._bar: tqdm[None] | None = None
@@ -76,21 +81,50 @@ class Monitor:
         if speed.model_flops_utilization is not None:
             values["speed/mfu"] = speed.model_flops_utilization
         self.record(step, values)
+        self._note_progress(step, loss.loss, speed.tokens_per_second)
         utilization = "" if speed.model_flops_utilization is None else f"  MFU {speed.model_flops_utilization:.1%}"
         self.say(
             f"step {step}/{self._last_step}  loss {loss.loss:.4f}  lr {learning_rate:.2e}  norm {gradient_norm:.3f}  "
             f"{speed.tokens_per_second:,.0f} tokens/s  {speed.tflops_per_process:.3f} TFLOP/s{utilization}"
         )
 
+    def _note_progress(self, step: int, loss: float, tokens_per_second: float) -> None:
+        """Replaces the small file that tools/status.py reads."""
+        values = {"step": step, "loss": loss, "tokens_per_second": tokens_per_second, "time": time.time()}
+        temporary = self._progress_file.with_suffix(".tmp")
+        with suppress(OSError):  # a full disk is the checkpoint's to report
+            temporary.write_text(json.dumps(values), encoding="utf-8")
+            temporary.replace(self._progress_file)
+
     def validation(self, step: int, loss: MeanLoss) -> None:
         """Records a validation loss."""
         self.record(step, {"validation/loss": loss.loss, **_positions("validation", loss)})
         self.say(f"step {step}/{self._last_step}  validation loss {loss.loss:.4f} over {loss.targets:,} tokens")
 
-    def saved(self, step: int, path: Path, seconds: float) -> None:
-        """Records a checkpoint and how long it blocked training."""
-        self.record(step, {"time/checkpoint_seconds": seconds})
-        self.say(f"step {step}/{self._last_step}  saved {path} in {seconds:.1f} s")
+    def saved(self, save: FinishedSave) -> None:
+        """Records a checkpoint: how long it blocked training, and how long it took in all."""
+        if save.error is not None:
+            self.say(f"warning: the checkpoint of step {save.step} was not saved: {save.error}")
+            return
+        self.record(
+            save.step,
+            {"time/checkpoint_blocked_seconds": save.blocked_seconds, "time/checkpoint_seconds": save.seconds},
+        )
+        self.say(
+            f"step {save.step}/{self._last_step}  saved {save.path} in {save.seconds:.1f} s, "
+            f"training waited {save.blocked_seconds:.1f} s"
+        )
+
+    def unusual(self, step: int, problem: str, is_skipped: bool, skipped_steps: int) -> None:
+        """Tells of a non-finite value or a spike."""
+        consequence = f"skipped, {skipped_steps} so far" if is_skipped else "applied all the same"
+        self.record(step, {"progress/skipped_steps": float(skipped_steps)})
+        self.say(f"warning: step {step}: {problem}; {consequence}")
+
+    def rolled_back(self, step: int, to: int, problem: str) -> None:
+        """Tells of a return to a checkpoint."""
+        self.record(step, {"progress/rolled_back_to": float(to)})
+        self.say(f"warning: step {step}: {problem}; rolled back to step {to}, and its batch is left out from now on")
 
     def record(self, step: int, values: dict[str, float]) -> None:
         """Writes scalars to TensorBoard."""

@@ -22,6 +22,7 @@ class ProcessIdentity:
         local_world_size: processes of this node.
         master_address: host of rank 0.
         master_port: its port for the rendezvous.
+        job_end: Unix time at which the scheduler ends the job, if known.
     """
 
     rank: int
@@ -30,6 +31,7 @@ class ProcessIdentity:
     local_world_size: int
     master_address: str
     master_port: int
+    job_end: float | None = None
 
     def export(self) -> None:
         """Sets the environment that torch.distributed reads."""

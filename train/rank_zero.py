@@ -13,8 +13,12 @@ USER_ERRORS = (ConfigurationError, DataError, CheckpointError)
 Result = TypeVar("Result")
 
 
-def on_rank_zero(function: Callable[[], Result]) -> Result:
+def on_rank_zero(function: Callable[[], Result], group: torch.distributed.ProcessGroup | None = None) -> Result:
     """Calls a function on rank 0 and gives its result, or its user error, to all ranks.
+
+    Args:
+        function: what to do.
+        group: all ranks, as another group than the default one; for use in a thread.
 
     Raises:
         ConfigurationError: if the function does.
@@ -27,7 +31,7 @@ def on_rank_zero(function: Callable[[], Result]) -> Result:
             box = [function()]
         except USER_ERRORS as error:
             box = [error]
-    torch.distributed.broadcast_object_list(box, src=0)
+    torch.distributed.broadcast_object_list(box, src=0, group=group)
     if isinstance(box[0], USER_ERRORS):
         raise box[0]
     result: Result = box[0]

@@ -34,6 +34,7 @@ CHANGEABLE = (
     "validation.",
     "checkpoint.",
     "logging.",
+    "stability.",
 )
 # Some cluster file systems have no locks; there the user must not start the same run twice.
 NO_LOCKS = frozenset({errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK})

@@ -138,10 +138,10 @@ def train_case(config: ModelConfig, case: Case) -> Trajectory:
         batches = split_global_batch(
             selftest_batch(config, step), case.parallel.data, place.data_rank, case.micro_batch_size
         )
-        outcome = engine.train(batches, OPTIMIZER.learning_rate)
-        sums = global_loss_sums(outcome.sums)
+        sums = global_loss_sums(engine.accumulate(batches))
+        update = engine.update(OPTIMIZER.learning_rate)
         result.losses.append(float(sums.loss.sum() / sums.count.sum()))
-        result.norms.append(outcome.gradient_norm)
+        result.norms.append(update.gradient_norm)
         if step == 0:
             # After one step from zero, the first moment is (1 - beta1) times the clipped gradient, in fp32.
             moments = _gather_whole(engine, "exp_avg")

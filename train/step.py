@@ -1,5 +1,6 @@
 """One optimizer step over a global batch, for every layout."""
 
+import math
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -14,20 +15,21 @@ from parallel.schedule import LossSums, loss_sums, masked_loss, run_schedule
 from parallel.stage import Stage
 from parallel.topology import sum_over_data_parallel
 from train.config import OptimizerConfig
+from train.discarding import discard_gradients
 from train.optimizer import build_engine, clip_replicated
 
 
 @dataclass(frozen=True)
-class StepResult:
-    """What one optimizer step did.
+class Update:
+    """What an update did.
 
     Attributes:
-        sums: losses of this data-parallel rank's micro-batches (zero on all but the last pipeline stage).
-        gradient_norm: global norm before clipping; 0 if there was no valid target and the step was skipped.
+        gradient_norm: global norm before clipping; infinite if it was not finite.
+        applied: False if it was not finite: then weights and moments are as before, on all ranks alike.
     """
 
-    sums: LossSums
     gradient_norm: float
+    applied: bool
 
 
 class StepEngine:
@@ -53,16 +55,37 @@ class StepEngine:
         # ZeRO 2 and 3 reduce gradients during each backward pass, which only DeepSpeed's own backward drives.
         self._engine_drives_backward = parallel.zero_stage >= 2 and parallel.pipeline == 1
 
-    def train(self, micro_batches: Sequence[MicroBatch], learning_rate: float) -> StepResult:
-        """Runs one optimizer step on this data-parallel rank's micro-batches of the global batch."""
+    def accumulate(self, micro_batches: Sequence[MicroBatch]) -> LossSums:
+        """Forward and backward of this data-parallel rank's micro-batches of the global batch.
+
+        Gradients are complete afterwards and wait for update or discard; without a single valid target in the global
+        batch there are none, and neither is to be called.
+
+        Returns:
+            Losses of these micro-batches; zero on all but the last pipeline stage.
+        """
         count = self._global_count(micro_batches)
         if count == 0:
-            return StepResult(LossSums.zero(self.model, micro_batches[0].token_ids.device), 0.0)
+            return LossSums.zero(self.model, micro_batches[0].token_ids.device)
+        return self._backward(micro_batches, self.parallel.data / count)
+
+    def update(self, learning_rate: float) -> Update:
+        """Clips the gradients and applies them, unless their norm is not finite."""
         for group in self.engine.basic_optimizer.param_groups:
             group["lr"] = learning_rate
-        scale = self.parallel.data / count
-        sums = self._backward(micro_batches, scale)
-        return StepResult(sums, self._update())
+        if self.parallel.zero_stage:
+            self.engine.step()
+            return Update(float(self.engine.get_global_grad_norm()), bool(self.engine.was_step_applied()))
+        norm = clip_replicated(self.engine, self.clip)
+        if not math.isfinite(norm):
+            self.discard()
+            return Update(math.inf, False)
+        self.engine.step()
+        return Update(norm, True)
+
+    def discard(self) -> None:
+        """Throws the gradients away."""
+        discard_gradients(self.engine)
 
     @torch.no_grad()
     def evaluate(self, micro_batches: Sequence[MicroBatch]) -> LossSums:
@@ -94,11 +117,3 @@ class StepEngine:
             self.engine.backward(masked_loss(token_loss, valid) * scale, scale_wrt_gas=False)
             sums += loss_sums(self.model, token_loss, valid)
         return sums
-
-    def _update(self) -> float:
-        if self.parallel.zero_stage:
-            self.engine.step()
-            return float(self.engine.get_global_grad_norm())
-        norm = clip_replicated(self.engine, self.clip)
-        self.engine.step()
-        return norm

@@ -1,9 +1,10 @@
-"""Notes SIGTERM, SIGINT and SIGHUP, so that the loop can save and leave at the next step boundary."""
+"""Notes the signals that end a job, so that the loop can save and leave at the next step boundary."""
 
 import signal
 from types import FrameType
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+# Schedulers warn with any of SIGTERM, SIGUSR1 and SIGUSR2; SIGINT and SIGHUP come from a person's terminal.
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT, signal.SIGHUP)
 
 
 class StopSignals:

@@ -1,6 +1,6 @@
 """The training loop."""
 
-import time
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from enum import Enum
@@ -14,17 +14,20 @@ from parallel.cpu_adaptation import compute_device
 from parallel.errors import ConfigurationError
 from parallel.stage import build_stage
 from parallel.topology import Coordinates
+from train.attempts import AttemptRecord
 from train.batches import micro_batch_rows, read_micro_batches
-from train.checkpointing import Progress, RunCheckpoints, progress_of
+from train.checkpointing import Progress, RunCheckpoints, code_version, progress_of
 from train.config import RunConfig
+from train.hang_guard import HangGuard
 from train.initial_weights import initial_weights
 from train.metrics import MeanLoss, agree, mean_loss
 from train.monitor import Monitor, seconds_since_process_start
 from train.rank_zero import on_rank_zero
+from train.requests import Request, Requests
 from train.run_directory import RunDirectory
 from train.schedule import learning_rate
-from train.step import StepEngine
-from train.stop_signals import StopSignals
+from train.stability import LossWatch, Verdict
+from train.step import StepEngine, Update
 from train.streams import open_stream
 from train.throughput import SpeedMeter
 from train.validation import ValidationSet
@@ -34,7 +37,8 @@ class Ending(Enum):
     """Why the loop was left."""
 
     COMPLETE = "complete"
-    STOPPED = "stopped by a signal"
+    STOPPED = "stopped"
+    ENDED = "ended for good"
 
 
 @dataclass(frozen=True)
@@ -53,7 +57,7 @@ class Trainer:
     Args:
         config: the run.
         place: this process's place in the layout.
-        signals: watched since before, so that one that comes during start-up is not lost.
+        requests: watched since before, so that a signal that comes during start-up is not lost.
         after_step: called on every rank after each step with the number of steps done.
     """
 
@@ -61,22 +65,29 @@ class Trainer:
         self,
         config: RunConfig,
         place: Coordinates,
-        signals: StopSignals,
+        requests: Requests,
         after_step: Callable[[int], None] = lambda step: None,
     ) -> None:
         self.config = config
         self.place = place
-        self.signals = signals
+        self.requests = requests
         self.after_step = after_step
+        self.guard = HangGuard(config.stability.hang_timeout_seconds)
         self.directory = RunDirectory(config)
         on_rank_zero(self.directory.open)
         self.stream = open_stream(config, "train")
         self.validation = ValidationSet(config, place) if config.validation.every else None
         self.checkpoints = RunCheckpoints(config, self.directory.checkpoints)
+        self.watch = LossWatch(config.stability)
+        self._rows = micro_batch_rows(
+            config.train.global_batch_size, config.parallel.data, place.data_rank, config.train.micro_batch_size
+        )
         self._build(self.checkpoints.newest())
         self.meter = SpeedMeter(config.model, config.parallel.world_size)
         self.monitor = self._monitor() if place.rank == 0 else None
         self._first_step = self.progress.step + 1
+        self._failed_saves = 0
+        self.attempt = self._new_attempt() if place.rank == 0 else None
 
     def run(self) -> Outcome:
         """Trains until the last step or until any rank is told to stop; saves in either case.
@@ -86,15 +97,33 @@ class Trainer:
             DataError: a shard cannot be read.
         """
         try:
-            while self.progress.step < self.config.train.last_step:
-                stop = self._step()
-                self._validate_if_due()
-                self._save_if_due(stop)
-                if stop:
-                    return Outcome(Ending.STOPPED, self.progress.step)
-            return Outcome(Ending.COMPLETE, self.progress.step)
+            outcome = self._loop()
+        except BaseException as error:
+            self._note_end(f"{type(error).__name__}: {error}")
+            raise
+        else:
+            self._note_end(outcome.ending.value)
+            return outcome
         finally:
             self._close()
+
+    def _loop(self) -> Outcome:
+        self._make_up_validation()
+        while self.progress.step < self.config.train.last_step:
+            request = self._step()
+            request = max(request, self._validate_if_due())
+            self._save_if_due(request)
+            if request >= Request.STOP:
+                ending = Ending.ENDED if request is Request.END else Ending.STOPPED
+                return Outcome(ending, self.progress.step)
+        return Outcome(Ending.COMPLETE, self.progress.step)
+
+    def _new_attempt(self) -> AttemptRecord:
+        return AttemptRecord(self.directory.path, self.progress.step, str(self.config.parallel), code_version())
+
+    def _note_end(self, reason: str) -> None:
+        if self.attempt is not None:
+            self.attempt.end(self.progress.step, reason)
 
     def _build(self, checkpoint: LoadedCheckpoint | None) -> None:
         config = self.config
@@ -142,63 +171,131 @@ class Trainer:
     def _monitor(self) -> Monitor:
         return Monitor(self.config, self.directory.tensorboard, self.progress.step + 1, self.meter)
 
-    def _step(self) -> bool:
-        """Takes one optimizer step; returns whether all ranks agree to stop after it."""
-        config, progress = self.config, self.progress
-        step = progress.step + 1
-        rate = learning_rate(config.optimizer, step, config.train.steps)
+    def _step(self) -> Request:
+        """Takes one step; returns the most urgent request of any rank."""
+        config = self.config
+        self.guard.progress()
         self.meter.start_step()
-        rows = micro_batch_rows(
-            config.train.global_batch_size,
-            config.parallel.data,
-            self.place.data_rank,
-            config.train.micro_batch_size,
-        )
-        batches = read_micro_batches(self.stream, progress.consumed_sequences, rows, compute_device())
+        position = self._next_position()
+        batches = read_micro_batches(self.stream, position, self._rows, compute_device())
         self.meter.data_ready()
-        result = self.engine.train(batches, rate)
-        sums, stop = agree(result.sums, self.signals.received is not None)
-        self.meter.end_step(config.tokens_per_step)
+        sums, request = agree(self.engine.accumulate(batches), self.requests.pending())
         loss = mean_loss(sums)
+        verdict, problem = self.watch.judge(loss)
+        if verdict is Verdict.ROLL_BACK:
+            self._roll_back(position, str(problem))
+            return request
+        rate = learning_rate(config.optimizer, self.progress.step + 1, config.train.steps)
+        update = self._update(loss, verdict, rate)
+        self.meter.end_step(config.tokens_per_step)
+        self._advance(position, loss, update)
+        self._report(loss, rate, update.gradient_norm, problem)
+        self.after_step(self.progress.step)
+        return request
+
+    def _next_position(self) -> int:
+        """Where in the stream the next global batch starts, past those that are left out."""
+        position = self.progress.consumed_sequences
+        while position in self.progress.left_out:
+            position += self.config.train.global_batch_size
+        return position
+
+    def _update(self, loss: MeanLoss, verdict: Verdict, rate: float) -> Update:
+        if loss.targets == 0:
+            return Update(0.0, False)
+        if verdict is Verdict.SKIP:
+            self.engine.discard()
+            return Update(math.nan, False)
+        return self.engine.update(rate)
+
+    def _advance(self, position: int, loss: MeanLoss, update: Update) -> None:
+        skipped = loss.targets > 0 and not update.applied
         self.progress = replace(
-            progress,
-            step=step,
-            optimizer_steps=progress.optimizer_steps + (loss.targets > 0),
-            consumed_sequences=progress.consumed_sequences + config.train.global_batch_size,
+            self.progress,
+            step=self.progress.step + 1,
+            optimizer_steps=self.progress.optimizer_steps + update.applied,
+            consumed_sequences=position + self.config.train.global_batch_size,
+            skipped_steps=self.progress.skipped_steps + skipped,
+            skipped_in_a_row=self.progress.skipped_in_a_row + 1 if skipped else 0,
         )
-        self._report(loss, rate, result.gradient_norm)
-        self.after_step(step)
-        return stop
 
-    def _report(self, loss: MeanLoss, rate: float, gradient_norm: float) -> None:
-        if self.monitor is None:
-            return
-        step = self.progress.step
-        self.monitor.step(step, loss, rate, gradient_norm, step * self.config.tokens_per_step)
-        if step == self._first_step:
-            self.monitor.record(step, {"time/to_first_step_seconds": seconds_since_process_start()})
+    def _roll_back(self, position: int, problem: str) -> None:
+        """Goes back to the newest checkpoint, and leaves this step's batch out from then on."""
+        step, left_out = self.progress.step + 1, {*self.progress.left_out, position}
+        self.watch.rolled_back(step, problem)
+        self.checkpoints.wait()
+        self.engine.engine.destroy()
+        self._build(self.checkpoints.newest())
+        self.progress = replace(self.progress, left_out=tuple(sorted(left_out)))
+        if self.monitor is not None:
+            self.monitor.rolled_back(step, self.progress.step, problem)
 
-    def _validate_if_due(self) -> None:
+    def _report(self, loss: MeanLoss, rate: float, gradient_norm: float, problem: str | None) -> None:
+        step, is_skipped = self.progress.step, self.progress.skipped_in_a_row > 0
+        problem = problem or (f"the gradient norm is {gradient_norm}" if is_skipped else None)
+        if self.monitor is not None:
+            self.monitor.step(step, loss, rate, gradient_norm, step * self.config.tokens_per_step)
+            if problem:
+                self.monitor.unusual(step, problem, is_skipped, self.progress.skipped_steps)
+            if step == self._first_step:
+                self.monitor.record(step, {"time/to_first_step_seconds": seconds_since_process_start()})
+        self.watch.check_skipped(self.progress, str(problem))
+
+    def _make_up_validation(self) -> None:
+        """Does the validation that the attempt before was stopped in, and notes that it is done."""
+        if self.progress.validation_due:
+            self._validate()
+            self._save()
+            self.checkpoints.wait()
+
+    def _validate_if_due(self) -> Request:
         step, every = self.progress.step, self.config.validation.every
         if self.validation is None or (step % every and step != self.config.train.last_step):
-            return
-        loss = self.validation.loss(self.engine)
-        if self.monitor is not None:
-            self.monitor.validation(step, loss)
+            return Request.NONE
+        return self._validate()
 
-    def _save_if_due(self, stop: bool) -> None:
+    def _validate(self) -> Request:
+        """Validates, unless any rank is asked to stop meanwhile; returns the most urgent request."""
+        if self.validation is None:
+            return Request.NONE
+        self.guard.progress()
+        loss, request = self.validation.loss(self.engine, self.requests.pending)
+        self.progress = replace(self.progress, validation_due=loss is None)
+        if self.monitor is not None and loss is not None:
+            self.monitor.validation(self.progress.step, loss)
+        return request
+
+    def _save_if_due(self, request: Request) -> None:
         step = self.progress.step
-        if step % self.config.checkpoint.every and step != self.config.train.last_step and not stop:
+        last = step == self.config.train.last_step or request >= Request.STOP
+        self._review_saves()
+        if step % self.config.checkpoint.every and request is Request.NONE and not last:
             return
+        self._save()
+        self.requests.done(request)
+        if last:
+            self.checkpoints.wait()
+            self._review_saves(must_succeed=True)
+
+    def _review_saves(self, must_succeed: bool = False) -> None:
+        """Reports saves that have ended; a failed one ends the run if it is the last, or the second in a row."""
+        for save in self.checkpoints.finished():
+            self._failed_saves = 0 if save.error is None else self._failed_saves + 1
+            if self.monitor is not None:
+                self.monitor.saved(save)
+            if save.error is not None and (must_succeed or self._failed_saves > 1):
+                raise save.error
+
+    def _save(self) -> None:
+        self.guard.progress()
         if self.monitor is not None:
             self.monitor.flush()
-        started = time.perf_counter()
-        path = self.checkpoints.save(self.engine.engine, self.progress)
-        if self.monitor is not None:
-            self.monitor.saved(step, path, time.perf_counter() - started)
+        self.checkpoints.save(self.engine.engine, self.progress)
+        self.watch.saved()
 
     def _close(self) -> None:
         if self.monitor is not None:
             self.monitor.close()
+        self.checkpoints.close()
         self.directory.close()
-        self.checkpoints.store.wait()
+        self.guard.stop()

@@ -1,12 +1,15 @@
 """Loss on the validation split: the same sequences each time, spread over the data-parallel ranks."""
 
+from collections.abc import Callable
+
 from parallel.cpu_adaptation import compute_device
 from parallel.inputs import MicroBatch
 from parallel.schedule import LossSums
 from parallel.topology import Coordinates
 from train.batches import micro_batch_rows, read_micro_batches
 from train.config import RunConfig
-from train.metrics import MeanLoss, global_loss_sums, mean_loss
+from train.metrics import MeanLoss, agree, mean_loss
+from train.requests import Request
 from train.step import StepEngine
 from train.streams import open_stream
 
@@ -28,15 +31,26 @@ class ValidationSet:
         padded = -(-self.num_sequences // stride) * stride
         self._rows = micro_batch_rows(padded, config.parallel.data, place.data_rank, config.train.micro_batch_size)
 
-    def loss(self, engine: StepEngine) -> MeanLoss:
-        """Mean loss over all valid targets of the set; called by all ranks together."""
-        total = LossSums.zero(self.config.model, compute_device())
+    def loss(self, engine: StepEngine, pending: Callable[[], Request]) -> tuple[MeanLoss | None, Request]:
+        """Mean loss over all valid targets of the set; called by all ranks together.
+
+        Args:
+            engine: the model.
+            pending: what this rank is asked for; asked between schedule calls.
+
+        Returns:
+            The loss, or None if any rank is asked to stop before all is read; and the most urgent request.
+        """
+        total, request = LossSums.zero(self.config.model, compute_device()), Request.NONE
         for start in range(0, len(self._rows), ROUNDS_PER_CALL):
             rows = self._rows[start : start + ROUNDS_PER_CALL]
             batches = read_micro_batches(self.stream, 0, rows, compute_device())
             pairs = zip(rows, batches, strict=True)
-            total += engine.evaluate([self._without_excess(row, batch) for row, batch in pairs])
-        return mean_loss(global_loss_sums(total))
+            sums, request = agree(engine.evaluate([self._without_excess(*pair) for pair in pairs]), pending())
+            if request >= Request.STOP:
+                return None, request
+            total += sums
+        return mean_loss(total), request
 
     def _without_excess(self, rows: range, batch: MicroBatch) -> MicroBatch:
         """Masks sequences beyond the set; positions run on into the next epoch, which would count some twice."""

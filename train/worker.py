@@ -2,6 +2,7 @@
 
 from train.config import RunConfig
 from train.process import STOPPED_STATUS, USER_ERROR_STATUS, ProcessIdentity, RankResult, prepare_process
+from train.requests import Requests
 from train.stop_signals import StopSignals
 
 
@@ -26,7 +27,10 @@ def train_rank(config: RunConfig, identity: ProcessIdentity) -> RankResult:
 
     try:
         start_process_group()
-        outcome = Trainer(config, initialize_topology(config.parallel), signals).run()
+        place = initialize_topology(config.parallel)
+        margin = config.stability.stop_before_end_seconds
+        requests = Requests(config.directory, signals, identity.job_end, margin, watches_files=place.rank == 0)
+        outcome = Trainer(config, place, requests).run()
     except USER_ERRORS as error:
         return RankResult(USER_ERROR_STATUS, str(error))
     finally:
@@ -35,4 +39,4 @@ def train_rank(config: RunConfig, identity: ProcessIdentity) -> RankResult:
         signals.restore()
     if identity.rank == 0:
         print(f"run {config.run.name}: {outcome.ending.value} at step {outcome.step}", flush=True)
-    return RankResult(0 if outcome.ending is Ending.COMPLETE else STOPPED_STATUS)
+    return RankResult(STOPPED_STATUS if outcome.ending is Ending.STOPPED else 0)

@@ -57,8 +57,8 @@ def training_step(config: ModelConfig, precision: Literal["fp32", "bf16"]) -> di
     engine = StepEngine(build_stage(config, PARALLEL, dtype), PARALLEL, OPTIMIZER, precision, micro_batch_size=2)
     batch = MicroBatch(ids.to(compute_device()), mask.to(compute_device()))
     with sdpa_kernel(SDPBackend.FLASH_ATTENTION) if precision == "bf16" else nullcontext():
-        result = engine.train([batch], OPTIMIZER.learning_rate)
-    loss = mean_loss(global_loss_sums(result.sums)).loss
+        loss = mean_loss(global_loss_sums(engine.accumulate([batch]))).loss
+        result = engine.update(OPTIMIZER.learning_rate)
     values = {"loss": torch.tensor([loss]), "norm": torch.tensor([result.gradient_norm])}
     for fragment, moment in engine_fragments(engine.engine):
         if fragment.kind == "exp_avg":

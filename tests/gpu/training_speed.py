@@ -40,8 +40,8 @@ def measure(config: RunConfig, steps: int) -> dict[str, float | list[float] | st
     losses = []
     for step in range(1, steps + 1):
         meter.start_step()
-        result = engine.train([batch], learning_rate(config.optimizer, step, config.train.steps))
-        losses.append(mean_loss(global_loss_sums(result.sums)).loss)
+        losses.append(mean_loss(global_loss_sums(engine.accumulate([batch]))).loss)
+        engine.update(learning_rate(config.optimizer, step, config.train.steps))
         meter.end_step(batch.token_ids.numel())
         if step == WARMUP_STEPS:
             meter.read()

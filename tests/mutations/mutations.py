@@ -50,15 +50,15 @@ MUTATIONS = (
     Mutation(
         "no division by data-parallel size (gradients too large by it)",
         "train/step.py",
-        "scale = self.parallel.data / count",
-        "scale = self.parallel.data * self.parallel.data / count",
+        "self._backward(micro_batches, self.parallel.data / count)",
+        "self._backward(micro_batches, self.parallel.data * self.parallel.data / count)",
         PARITY,
     ),
     Mutation(
         "division by data-parallel size twice",
         "train/step.py",
-        "scale = self.parallel.data / count",
-        "scale = 1.0 / count",
+        "self._backward(micro_batches, self.parallel.data / count)",
+        "self._backward(micro_batches, 1.0 / count)",
         PARITY,
     ),
     Mutation(
@@ -85,9 +85,9 @@ MUTATIONS = (
     Mutation(
         "data cursor off by one after resume",
         "train/checkpointing.py",
-        'return Progress(**checkpoint.metadata["progress"])',
+        'recorded = checkpoint.metadata["progress"]\n',
         'recorded = checkpoint.metadata["progress"]\n'
-        '    return Progress(**{**recorded, "consumed_sequences": recorded["consumed_sequences"] + 1})',
+        '    recorded = {**recorded, "consumed_sequences": recorded["consumed_sequences"] + 1}\n',
         RESUME,
     ),
     Mutation(

@@ -181,21 +181,26 @@ def test_a_shrunken_run_and_its_resumption(tmp_path: Path, cluster: Path) -> Non
 
 
 @pytest.mark.parametrize(
-    ("status", "job", "requeued"),
+    ("status", "job", "stuck", "requeued"),
     [
-        (143, {}, True),
-        (143, {"STATE": "COMPLETING"}, False),  # cancelled
-        (143, {"SLURM_RESTART_COUNT": "3", "MAX_RESTARTS": "3"}, False),
-        (143, {"SLURM_RESTART_COUNT": "2", "MAX_RESTARTS": "3"}, True),
-        (1, {}, False),
-        (0, {}, False),
+        (143, {}, 0, True),
+        (143, {"STATE": "COMPLETING"}, 0, False),  # cancelled
+        (1, {}, 2, True),
+        (1, {}, 3, False),
+        (2, {}, 0, False),
+        (0, {}, 0, False),
     ],
 )
-def test_requeues_itself_after_a_stop(
-    tmp_path: Path, cluster: Path, status: int, job: dict[str, str], requeued: bool
+def test_requeues_itself_while_the_run_gets_on(
+    tmp_path: Path, cluster: Path, status: int, job: dict[str, str], stuck: int, requeued: bool
 ) -> None:
     write_command(cluster / "srun", f"#!/usr/bin/env bash\nexit {status}\n")
     (tmp_path / "shards").mkdir()
+    run = tmp_path / "runs" / "block_main_b4_1.2b"
+    run.mkdir(parents=True)
+    (run / "requeues.jsonl").write_text('{"time": 0.0, "job": "41", "status": 1, "step": 0}\n' * stuck)
     result = start(*shrunken(tmp_path, tmp_path / "shards"), path=cluster, **JOB, **job)
     assert ("requeue 41" in (tmp_path / "requests").read_text().splitlines()) is requeued
-    assert result.returncode == (2 if "restarted 3 times" in result.stderr else status)
+    assert result.returncode == status
+    if stuck == 3:
+        assert "3 restarts in a row made no checkpoint after step 0" in result.stdout

@@ -57,5 +57,5 @@ def small_run(root: Path, shards: Path, name: str = "small", **sections: dict[st
         "logging": {"every": 1},
     }
     for section, changes in sections.items():
-        values[section] = {**values[section], **changes}
+        values[section] = {**values.get(section, {}), **changes}
     return RunConfig.model_validate(values)

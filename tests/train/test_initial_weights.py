@@ -14,6 +14,7 @@ from tests.processes import run_processes
 from tests.train.small_run import prepare_small_corpus, small_run
 from train.config import RunConfig
 from train.initial_weights import initial_weights, model_differences
+from train.requests import Requests
 from train.selftest_models import MODELS
 from train.stop_signals import StopSignals
 from train.trainer import Trainer
@@ -24,7 +25,9 @@ def _train(configs: list[RunConfig]) -> list[str]:
     errors = []
     for config in configs:
         try:
-            Trainer(config, initialize_topology(config.parallel), StopSignals()).run()
+            Trainer(
+                config, initialize_topology(config.parallel), Requests(config.directory, StopSignals(), None, 0.0, True)
+            ).run()
             errors.append("")
         except ConfigurationError as error:
             errors.append(str(error))

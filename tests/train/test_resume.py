@@ -19,6 +19,7 @@ from parallel.topology import initialize_topology
 from tests.processes import run_processes
 from tests.train.small_run import prepare_small_corpus, small_run
 from train.config import RunConfig
+from train.requests import Requests
 from train.stop_signals import StopSignals
 from train.trainer import Ending, Trainer
 
@@ -64,7 +65,8 @@ def train(config: RunConfig, interruption: Interruption | None) -> tuple[str, in
         if interruption and (step, place.rank) == interruption[:2]:
             os.kill(os.getpid(), interruption[2])
 
-    trainer = Trainer(config, place, StopSignals(), after_step)
+    requests = Requests(config.directory, StopSignals(), None, 0.0, watches_files=place.rank == 0)
+    trainer = Trainer(config, place, requests, after_step)
     record = config.directory / f"samples_{place.rank}.jsonl"
     trainer.stream = RecordingStream(trainer.stream, record)  # type: ignore[assignment]
     outcome = trainer.run()
@@ -104,7 +106,7 @@ def samples(config: RunConfig) -> list[str]:
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_interrupted_run_equals_undisturbed_run(tmp_path: Path, shards: Path, precision: str) -> None:
-    settings = {"train": {"precision": precision}}
+    settings = {"train": {"precision": precision}, "checkpoint": {"asynchronous": precision == "bf16"}}
     undisturbed = small_run(tmp_path, shards, "undisturbed", **settings)
     run(undisturbed)
     interrupted = small_run(tmp_path, shards, "interrupted", **settings)

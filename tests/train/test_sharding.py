@@ -26,7 +26,8 @@ def held(parallel: ParallelConfig) -> tuple[int, int, list[int], int]:
     stage = build_stage(config, parallel)
     parameters = sum(parameter.numel() for parameter in stage.parameters())
     engine = StepEngine(stage, parallel, OPTIMIZER, "fp32", 1)
-    engine.train(split_global_batch(selftest_batch(config, 0), parallel.data, place.data_rank, 1), 1e-3)
+    engine.accumulate(split_global_batch(selftest_batch(config, 0), parallel.data, place.data_rank, 1))
+    engine.update(1e-3)
     moments = [state["exp_avg"].numel() for state in engine.engine.basic_optimizer.state.values()]
     owned = sum(part.stop - part.start for part in owned_parts(engine.engine))
     return place.pipeline_rank, parameters, moments, owned

@@ -1,0 +1,98 @@
+"""Puts a job back into the queue after its run stopped or failed, as long as the run gets on.
+
+    python -m slurm.requeue RUN_FOLDER STATUS
+
+Slurm itself does so after a preemption or a failed node, but not after a status other than 0. Imports nothing heavy.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from train.process import STOPPED_STATUS, USER_ERROR_STATUS
+
+MAXIMUM_WITHOUT_PROGRESS = 3
+FILE = "requeues.jsonl"
+STEP_FOLDER = re.compile(r"step_(\d+)")
+
+
+def newest_step(run: Path) -> int:
+    """The newest checkpoint's step by its folder's name; 0 without any."""
+    folders = (run / "checkpoints").glob("step_*")
+    return max((int(match[1]) for path in folders if (match := STEP_FOLDER.fullmatch(path.name))), default=0)
+
+
+def decide(run: Path, status: int) -> tuple[bool, str]:
+    """Whether to put the job back, and why or why not."""
+    if status == 0:
+        return False, "the run ended"
+    if status == USER_ERROR_STATUS:
+        return False, "the run ended with an error that a restart would meet again; its log names it"
+    step = newest_step(run)
+    stuck = _without_progress(run, step)
+    if stuck >= MAXIMUM_WITHOUT_PROGRESS:
+        return False, (
+            f"{stuck} restarts in a row made no checkpoint after step {step}, and the last ended with status {status}; "
+            f"look at the logs, and submit again: that starts from step {step}"
+        )
+    cause = "it stopped and saved" if status == STOPPED_STATUS else f"it failed with status {status}"
+    return True, f"{cause} at step {step}"
+
+
+def _without_progress(run: Path, step: int) -> int:
+    """How many of the newest restarts began at this step."""
+    count = 0
+    for line in reversed(_recorded(run)):
+        if line["step"] != step:
+            break
+        count += 1
+    return count
+
+
+def _recorded(run: Path) -> list[dict[str, int]]:
+    try:
+        lines = (run / FILE).read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return []
+    records = []
+    for line in lines:
+        try:
+            records.append(json.loads(line))
+        except ValueError:  # torn by a crash
+            continue
+    return records
+
+
+def requeue(run: Path, status: int, job: str) -> str:
+    """Puts the job back if that makes sense, and notes it.
+
+    Returns:
+        What was done, and why.
+    """
+    again, reason = decide(run, status)
+    if not again:
+        return f"not put back into the queue: {reason}"
+    state = subprocess.run(
+        ["squeue", "--noheader", f"--jobs={job}", "--format=%T"], capture_output=True, text=True, check=False
+    ).stdout.split()
+    if "RUNNING" not in state:
+        return "not put back into the queue: the job was cancelled"
+    run.mkdir(parents=True, exist_ok=True)
+    with (run / FILE).open("a", encoding="utf-8") as file:
+        file.write(json.dumps({"time": time.time(), "job": job, "status": status, "step": newest_step(run)}) + "\n")
+    subprocess.run(["scontrol", "requeue", job], check=True)
+    return f"put back into the queue: {reason}"
+
+
+def main() -> None:
+    """Decides for the job of this process."""
+    run, status = Path(sys.argv[1]), int(sys.argv[2])
+    print(f"requeue: {requeue(run, status, os.environ['SLURM_JOB_ID'])}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

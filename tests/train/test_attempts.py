@@ -1,0 +1,103 @@
+"""A run's history and what it says of the run, from real short runs."""
+
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from checkpoints.errors import CheckpointError
+from checkpoints.inventory import explain, list_checkpoints, prune, verify
+from parallel.errors import ConfigurationError
+from parallel.topology import initialize_topology
+from tests.processes import run_processes
+from tests.train.small_run import prepare_small_corpus, small_run
+from train.attempts import FILE, UNKNOWN_END, read_attempts
+from train.config import RunConfig
+from train.requests import Requests
+from train.status import describe, read_status
+from train.stop_signals import StopSignals
+from train.trainer import Trainer
+
+
+def _train(config: RunConfig, at_step: int, number: signal.Signals) -> None:
+    place = initialize_topology(config.parallel)
+
+    def after_step(step: int) -> None:
+        if step == at_step and place.rank == 0:
+            os.kill(os.getpid(), number)
+
+    Trainer(config, place, Requests(config.directory, StopSignals(), None, 0.0, place.rank == 0), after_step).run()
+
+
+@pytest.fixture(scope="module")
+def history(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
+    """A run that was stopped, then killed, then went on to the end."""
+    root = tmp_path_factory.mktemp("history")
+    config = small_run(root, prepare_small_corpus(root), checkpoint={"every": 3, "keep_last": 9})
+    run_processes(2, _train, config, 4, signal.SIGUSR1)
+    run_processes(2, _train, config, 8, signal.SIGKILL, may_die=True)
+    run_processes(2, _train, config, 0, signal.SIGTERM)
+    return config
+
+
+def test_attempts_say_where_they_began_and_why_they_ended(history: RunConfig) -> None:
+    stopped, killed, last = read_attempts(history.directory)
+    assert [attempt.number for attempt in (stopped, killed, last)] == [1, 2, 3]
+    assert (stopped.step, stopped.reason, killed.reason, last.reason) == (0, "stopped", None, "complete")
+    assert stopped.end_step in (4, 5)
+    assert killed.step == stopped.end_step
+    assert last.end_step == 14
+    assert stopped.layout == "tensor 1 x pipeline 1 x data 2, ZeRO 1"
+
+
+def test_status_of_a_run_that_is_complete(history: RunConfig) -> None:
+    status = read_status(history.directory)
+    assert (status.state, status.step, status.checkpoint) == ("complete", 14, 14)
+    text = describe(status)
+    assert "small: complete" in text
+    assert "step 14 of 14, 3,584 tokens" in text
+    assert "newest checkpoint: step 14" in text
+
+
+def test_status_of_a_run_that_was_killed(tmp_path: Path, history: RunConfig) -> None:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "config.yaml").write_text((history.directory / "config.yaml").read_text())
+    lines = (history.directory / FILE).read_text().splitlines(keepends=True)
+    (folder / FILE).write_text("".join(lines[:3]) + '{"number": 3, "torn')
+    status = read_status(folder)
+    assert (status.state, status.last_end, status.checkpoint) == ("running", "stopped", None)
+    (folder / FILE).write_text("".join([*lines[:3], lines[3].replace('"started": 1', '"started": 1')]))
+    assert read_status(folder).last_end == UNKNOWN_END
+    with pytest.raises(ConfigurationError, match="not the folder of a run"):
+        read_status(tmp_path)
+
+
+def test_checkpoints_are_listed_verified_explained_and_pruned(history: RunConfig) -> None:
+    run = history.directory
+    assert "step 14: " in list_checkpoints(run)
+    report, intact = verify(run)
+    assert intact
+    assert "step 12: intact, 2 files" in report
+    explained = explain(run)
+    assert "as exp_avg, exp_avg_sq, weight" in explained
+    assert "'zero_stage': 1" in explained
+    damaged = run / "checkpoints" / "step_00000012" / "rank_00001.safetensors"
+    content = bytearray(damaged.read_bytes())
+    content[-1] ^= 1
+    damaged.write_bytes(content)
+    report, intact = verify(run, 12)
+    assert not intact
+    assert "step 12: damaged: " in report
+    before: Any = prune(run, 1, 6, dry_run=True)
+    assert "would delete steps: " in before
+    assert prune(run, 1, 6, dry_run=False) == before.replace("would delete", "deleted")
+    assert "step 9:" not in list_checkpoints(run)
+    with pytest.raises(CheckpointError, match="no checkpoint of step 3"):
+        verify(run, 3)
+    with pytest.raises(CheckpointError, match="--keep 0"):
+        prune(run, 0, None, dry_run=True)
+    with pytest.raises(CheckpointError, match="give the folder of a run"):
+        list_checkpoints(run / "tensorboard")

@@ -1,0 +1,94 @@
+"""The history of a run: one line per start and one per end of each attempt, in `runs/NAME/attempts.jsonl`.
+
+An attempt without an end was killed, or its machine failed. Lines are only ever appended; a torn last line is ignored.
+"""
+
+import json
+import os
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+FILE = "attempts.jsonl"
+UNKNOWN_END = "it ended without a word: killed, or its machine failed"
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One start of a run.
+
+    Attributes:
+        number: from 1.
+        started: Unix time.
+        host: machine of rank 0.
+        step: where it began.
+        layout: `tensor 1 x pipeline 1 x data 2, ZeRO 1`.
+        code_version: commit.
+        job: the scheduler's id, if any.
+        ended: Unix time, if it said so.
+        end_step: where it ended.
+        reason: why it ended.
+    """
+
+    number: int
+    started: float
+    host: str
+    step: int
+    layout: str
+    code_version: str
+    job: str | None = None
+    ended: float | None = None
+    end_step: int | None = None
+    reason: str | None = None
+
+
+def read_attempts(folder: Path) -> list[Attempt]:
+    """All attempts of a run, oldest first."""
+    attempts: dict[int, dict[str, Any]] = {}
+    for line in _lines(folder / FILE):
+        attempts.setdefault(line["number"], {}).update(line)
+    return [Attempt(**values) for _, values in sorted(attempts.items())]
+
+
+def _lines(path: Path) -> Iterator[dict[str, Any]]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError:
+        return
+    for line in text.splitlines():
+        try:
+            yield json.loads(line)
+        except ValueError:
+            continue
+
+
+class AttemptRecord:
+    """Writes the lines of the attempt that is under way; on rank 0 only."""
+
+    def __init__(self, folder: Path, step: int, layout: str, code_version: str) -> None:
+        self._path = folder / FILE
+        self._number = len(read_attempts(folder)) + 1
+        attempt = Attempt(
+            number=self._number,
+            started=time.time(),
+            host=socket.gethostname(),
+            job=os.environ.get("SLURM_JOB_ID"),
+            step=step,
+            layout=layout,
+            code_version=code_version,
+        )
+        self._append({name: value for name, value in asdict(attempt).items() if value is not None})
+
+    def end(self, step: int, reason: str) -> None:
+        """Notes how the attempt ended."""
+        self._append({"number": self._number, "ended": time.time(), "end_step": step, "reason": reason})
+
+    def _append(self, line: dict[str, Any]) -> None:
+        with suppress(OSError), self._path.open("a", encoding="utf-8") as file:  # the history is not worth a run
+            file.write(json.dumps(line) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
