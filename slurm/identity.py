@@ -8,6 +8,7 @@ from datetime import datetime
 
 from parallel.errors import ConfigurationError
 from train.process import ProcessIdentity
+from train.startup import JobTimes
 
 LOCAL_ADDRESS = "127.0.0.1"
 DEFAULT_PORT = 29500
@@ -47,20 +48,27 @@ def _slurm_identity(environment: Mapping[str, str]) -> ProcessIdentity:
         local_world_size=_tasks_on_this_node(environment, world_size),
         master_address=environment.get("MASTER_ADDR") or _first_node(environment),
         master_port=int(environment.get("MASTER_PORT") or FIRST_PORT + job % NUM_PORTS),
-        job_end=job_end(environment) if int(environment["SLURM_PROCID"]) == 0 else None,
+        job_times=job_times(environment) if int(environment["SLURM_PROCID"]) == 0 else JobTimes(),
     )
 
 
-def job_end(environment: Mapping[str, str]) -> float | None:
-    """Unix time at which Slurm ends this job; older versions do not set it, so squeue is asked. None: not known."""
-    known = environment.get("SLURM_JOB_END_TIME", "")
-    if known.isdecimal():
-        return float(known)
-    command = ["squeue", "--noheader", f"--jobs={environment.get('SLURM_JOB_ID', 0)}", "--format=%e"]
+def job_times(environment: Mapping[str, str]) -> JobTimes:
+    """When Slurm got, started and will end this job; older versions do not set the latter, so squeue is asked."""
+    command = ["squeue", "--noheader", f"--jobs={environment.get('SLURM_JOB_ID', 0)}", "--format=%V %S %e"]
     try:
         answer = subprocess.run(command, capture_output=True, text=True, timeout=SQUEUE_SECONDS, check=True).stdout
-        return datetime.fromisoformat(answer.strip()).timestamp()
+        submitted, started, end = map(_timestamp, answer.split())
     except (OSError, subprocess.SubprocessError, ValueError):
+        submitted = started = end = None
+    known = environment.get("SLURM_JOB_END_TIME", "")
+    return JobTimes(submitted, started, float(known) if known.isdecimal() else end)
+
+
+def _timestamp(text: str) -> float | None:
+    """Unix time of Slurm's local time; None for its `N/A` and `NONE`."""
+    try:
+        return datetime.fromisoformat(text).timestamp()
+    except ValueError:
         return None
 
 

@@ -1,4 +1,6 @@
-"""The history of a run: one line per start and one per end of each attempt, in `runs/NAME/attempts.jsonl`.
+"""The history of a run: a line per start, first step and end of each attempt, in `runs/NAME/attempts.jsonl`.
+
+Its configuration is kept as `attempts/NUMBER.yaml`.
 
 An attempt without an end was killed, or its machine failed. Lines are only ever appended; a torn last line is ignored.
 """
@@ -9,11 +11,15 @@ import socket
 import time
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from train.config import RunConfig
+from train.config_file import config_text
+
 FILE = "attempts.jsonl"
+CONFIGS = "attempts"
 UNKNOWN_END = "it ended without a word: killed, or its machine failed"
 
 
@@ -28,6 +34,7 @@ class Attempt:
         step: where it began.
         layout: `tensor 1 x pipeline 1 x data 2, ZeRO 1`.
         code_version: commit.
+        startup: seconds of each phase until the first step was done; empty if it was not.
         job: the scheduler's id, if any.
         ended: Unix time, if it said so.
         end_step: where it ended.
@@ -40,6 +47,7 @@ class Attempt:
     step: int
     layout: str
     code_version: str
+    startup: dict[str, float] = field(default_factory=dict)
     job: str | None = None
     ended: float | None = None
     end_step: int | None = None
@@ -67,21 +75,35 @@ def _lines(path: Path) -> Iterator[dict[str, Any]]:
 
 
 class AttemptRecord:
-    """Writes the lines of the attempt that is under way; on rank 0 only."""
+    """Writes the lines of the attempt that is under way, and its configuration beside them; on rank 0 only.
 
-    def __init__(self, folder: Path, step: int, layout: str, code_version: str) -> None:
+    Args:
+        config: the run.
+        step: where the attempt begins.
+        code_version: commit.
+    """
+
+    def __init__(self, config: RunConfig, step: int, code_version: str) -> None:
+        folder = config.directory
         self._path = folder / FILE
         self._number = len(read_attempts(folder)) + 1
+        with suppress(OSError):
+            (folder / CONFIGS).mkdir(exist_ok=True)
+            (folder / CONFIGS / f"{self._number:04d}.yaml").write_text(config_text(config), encoding="utf-8")
         attempt = Attempt(
             number=self._number,
             started=time.time(),
             host=socket.gethostname(),
             job=os.environ.get("SLURM_JOB_ID"),
             step=step,
-            layout=layout,
+            layout=str(config.parallel),
             code_version=code_version,
         )
         self._append({name: value for name, value in asdict(attempt).items() if value is not None})
+
+    def first_step_done(self, startup: dict[str, float]) -> None:
+        """Notes the time to the first step."""
+        self._append({"number": self._number, "startup": {name: round(value, 3) for name, value in startup.items()}})
 
     def end(self, step: int, reason: str) -> None:
         """Notes how the attempt ended."""

@@ -8,7 +8,6 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-import psutil
 import torch
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
@@ -18,8 +17,11 @@ from train.config import RunConfig
 from train.config_file import config_text
 from train.metrics import MeanLoss
 from train.process import INTERACTIVE
+from train.startup import StartupClock
 from train.status import PROGRESS_FILE
 from train.throughput import SpeedMeter
+
+MAXIMUM_CLOCK_DIFFERENCE = 10.0  # seconds between the clocks of the nodes of two attempts
 
 
 def peak_memory_bytes() -> int:
@@ -29,9 +31,12 @@ def peak_memory_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def seconds_since_process_start() -> float:
-    """Wall time since this process was started, imports included."""
-    return time.time() - psutil.Process().create_time()
+def _wait_for_a_later_name(folder: Path) -> None:
+    """Readers order event files by the second in their names: an attempt's must be later than those before it."""
+    newest = max((int(path.name.split(".")[3]) for path in folder.glob("events.out.tfevents.*")), default=0)
+    deadline = time.monotonic() + MAXIMUM_CLOCK_DIFFERENCE
+    while int(time.time()) <= newest and time.monotonic() < deadline:
+        time.sleep(0.05)
 
 
 class Monitor:
@@ -46,6 +51,7 @@ class Monitor:
         self.meter = meter
         self._last_step = config.train.last_step
         self._progress_file = folder.parent / PROGRESS_FILE
+        _wait_for_a_later_name(folder)
         self._writer = SummaryWriter(str(folder), purge_step=first_step)
         self._writer.add_text("config", "```yaml\n" + config_text(config) + "```", first_step)
         self._bar: tqdm[None] | None = None
@@ -95,6 +101,12 @@ class Monitor:
         with suppress(OSError):  # a full disk is the checkpoint's to report
             temporary.write_text(json.dumps(values), encoding="utf-8")
             temporary.replace(self._progress_file)
+
+    def started(self, step: int, clock: StartupClock) -> None:
+        """Records the time to an attempt's first step and its split."""
+        self.record(step, {f"startup/{phase}_seconds": seconds for phase, seconds in clock.seconds.items()})
+        self.record(step, {"startup/total_seconds": clock.total})
+        self.say(clock.describe())
 
     def validation(self, step: int, loss: MeanLoss) -> None:
         """Records a validation loss."""

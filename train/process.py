@@ -4,7 +4,9 @@ import logging
 import os
 import sys
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+from train.startup import JobTimes
 
 INTERACTIVE = "BLOCK_TRANSFORMER_INTERACTIVE"  # set to 1 by the launcher when a person watches the terminal
 STOPPED_STATUS = 143
@@ -22,7 +24,7 @@ class ProcessIdentity:
         local_world_size: processes of this node.
         master_address: host of rank 0.
         master_port: its port for the rendezvous.
-        job_end: Unix time at which the scheduler ends the job, if known.
+        job_times: of the scheduler's job, if this is one; known on rank 0.
     """
 
     rank: int
@@ -31,7 +33,7 @@ class ProcessIdentity:
     local_world_size: int
     master_address: str
     master_port: int
-    job_end: float | None = None
+    job_times: JobTimes = field(default_factory=JobTimes)
 
     def export(self) -> None:
         """Sets the environment that torch.distributed reads."""

@@ -51,7 +51,9 @@ class Requests:
         return Request.NONE
 
     def reason(self, request: Request) -> str:
-        """Why this rank asked, in words."""
+        """Why there is this request, in words."""
+        if self.pending() < request:
+            return "another rank was asked to"
         if request is Request.END:
             return f"the file {self._stop_file}"
         if request is Request.SAVE:

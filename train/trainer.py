@@ -14,19 +14,20 @@ from parallel.cpu_adaptation import compute_device
 from parallel.errors import ConfigurationError
 from parallel.stage import build_stage
 from parallel.topology import Coordinates
-from train.attempts import AttemptRecord
+from train.attempts import UNKNOWN_END, AttemptRecord, read_attempts
 from train.batches import micro_batch_rows, read_micro_batches
 from train.checkpointing import Progress, RunCheckpoints, code_version, progress_of
 from train.config import RunConfig
 from train.hang_guard import HangGuard
 from train.initial_weights import initial_weights
 from train.metrics import MeanLoss, agree, mean_loss
-from train.monitor import Monitor, seconds_since_process_start
+from train.monitor import Monitor
 from train.rank_zero import on_rank_zero
 from train.requests import Request, Requests
 from train.run_directory import RunDirectory
 from train.schedule import learning_rate
 from train.stability import LossWatch, Verdict
+from train.startup import StartupClock
 from train.step import StepEngine, Update
 from train.streams import open_stream
 from train.throughput import SpeedMeter
@@ -47,6 +48,11 @@ class Outcome:
 
     ending: Ending
     step: int
+    reason: str | None = None
+
+    def describe(self) -> str:
+        """The ending, and its reason if it has one."""
+        return self.ending.value + (f": {self.reason}" if self.reason else "")
 
 
 class Trainer:
@@ -59,6 +65,7 @@ class Trainer:
         place: this process's place in the layout.
         requests: watched since before, so that a signal that comes during start-up is not lost.
         after_step: called on every rank after each step with the number of steps done.
+        clock: of the time until the first step.
     """
 
     def __init__(
@@ -67,11 +74,13 @@ class Trainer:
         place: Coordinates,
         requests: Requests,
         after_step: Callable[[int], None] = lambda step: None,
+        clock: StartupClock | None = None,
     ) -> None:
         self.config = config
         self.place = place
         self.requests = requests
         self.after_step = after_step
+        self.clock = clock or StartupClock()
         self.guard = HangGuard(config.stability.hang_timeout_seconds)
         self.directory = RunDirectory(config)
         on_rank_zero(self.directory.open)
@@ -83,6 +92,7 @@ class Trainer:
             config.train.global_batch_size, config.parallel.data, place.data_rank, config.train.micro_batch_size
         )
         self._build(self.checkpoints.newest())
+        self.clock.reached("checkpoint")
         self.meter = SpeedMeter(config.model, config.parallel.world_size)
         self.monitor = self._monitor() if place.rank == 0 else None
         self._first_step = self.progress.step + 1
@@ -102,7 +112,7 @@ class Trainer:
             self._note_end(f"{type(error).__name__}: {error}")
             raise
         else:
-            self._note_end(outcome.ending.value)
+            self._note_end(outcome.describe())
             return outcome
         finally:
             self._close()
@@ -112,14 +122,18 @@ class Trainer:
         while self.progress.step < self.config.train.last_step:
             request = self._step()
             request = max(request, self._validate_if_due())
+            reason = self.requests.reason(request)
             self._save_if_due(request)
             if request >= Request.STOP:
                 ending = Ending.ENDED if request is Request.END else Ending.STOPPED
-                return Outcome(ending, self.progress.step)
+                return Outcome(ending, self.progress.step, reason)
         return Outcome(Ending.COMPLETE, self.progress.step)
 
     def _new_attempt(self) -> AttemptRecord:
-        return AttemptRecord(self.directory.path, self.progress.step, str(self.config.parallel), code_version())
+        before = read_attempts(self.directory.path)
+        if before:
+            print(f"attempt {len(before) + 1}; the one before: {before[-1].reason or UNKNOWN_END}", flush=True)
+        return AttemptRecord(self.config, self.progress.step, code_version())
 
     def _note_end(self, reason: str) -> None:
         if self.attempt is not None:
@@ -179,6 +193,8 @@ class Trainer:
         position = self._next_position()
         batches = read_micro_batches(self.stream, position, self._rows, compute_device())
         self.meter.data_ready()
+        if self.progress.step + 1 == self._first_step:
+            self.clock.reached("first_batch")
         sums, request = agree(self.engine.accumulate(batches), self.requests.pending())
         loss = mean_loss(sums)
         verdict, problem = self.watch.judge(loss)
@@ -238,8 +254,14 @@ class Trainer:
             if problem:
                 self.monitor.unusual(step, problem, is_skipped, self.progress.skipped_steps)
             if step == self._first_step:
-                self.monitor.record(step, {"time/to_first_step_seconds": seconds_since_process_start()})
+                self._report_startup()
         self.watch.check_skipped(self.progress, str(problem))
+
+    def _report_startup(self) -> None:
+        self.clock.reached("first_step")
+        if self.monitor is not None and self.attempt is not None:
+            self.monitor.started(self._first_step, self.clock)
+            self.attempt.first_step_done(self.clock.seconds)
 
     def _make_up_validation(self) -> None:
         """Does the validation that the attempt before was stopped in, and notes that it is done."""

@@ -3,6 +3,7 @@
 from train.config import RunConfig
 from train.process import STOPPED_STATUS, USER_ERROR_STATUS, ProcessIdentity, RankResult, prepare_process
 from train.requests import Requests
+from train.startup import StartupClock
 from train.stop_signals import StopSignals
 
 
@@ -18,6 +19,7 @@ def train_rank(config: RunConfig, identity: ProcessIdentity) -> RankResult:
     """
     signals = StopSignals()
     prepare_process(identity, config.train.cpu_threads)
+    clock = StartupClock(identity.job_times)
     # Imported here: they take seconds, and the environment must be set before.
     import torch
 
@@ -25,12 +27,14 @@ def train_rank(config: RunConfig, identity: ProcessIdentity) -> RankResult:
     from train.rank_zero import USER_ERRORS
     from train.trainer import Ending, Trainer
 
+    clock.reached("imports")
     try:
         start_process_group()
         place = initialize_topology(config.parallel)
         margin = config.stability.stop_before_end_seconds
-        requests = Requests(config.directory, signals, identity.job_end, margin, watches_files=place.rank == 0)
-        outcome = Trainer(config, place, requests).run()
+        requests = Requests(config.directory, signals, identity.job_times.end, margin, watches_files=place.rank == 0)
+        clock.reached("rendezvous")
+        outcome = Trainer(config, place, requests, clock=clock).run()
     except USER_ERRORS as error:
         return RankResult(USER_ERROR_STATUS, str(error))
     finally:

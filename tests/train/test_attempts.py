@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from checkpoints.errors import CheckpointError
 from checkpoints.inventory import explain, list_checkpoints, prune, verify
@@ -15,6 +16,7 @@ from tests.processes import run_processes
 from tests.train.small_run import prepare_small_corpus, small_run
 from train.attempts import FILE, UNKNOWN_END, read_attempts
 from train.config import RunConfig
+from train.config_file import recorded_config
 from train.requests import Requests
 from train.status import describe, read_status
 from train.stop_signals import StopSignals
@@ -45,11 +47,30 @@ def history(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
 def test_attempts_say_where_they_began_and_why_they_ended(history: RunConfig) -> None:
     stopped, killed, last = read_attempts(history.directory)
     assert [attempt.number for attempt in (stopped, killed, last)] == [1, 2, 3]
-    assert (stopped.step, stopped.reason, killed.reason, last.reason) == (0, "stopped", None, "complete")
+    assert (stopped.step, stopped.reason, killed.reason, last.reason) == (0, "stopped: SIGUSR1", None, "complete")
     assert stopped.end_step in (4, 5)
     assert killed.step == stopped.end_step
     assert last.end_step == 14
     assert stopped.layout == "tensor 1 x pipeline 1 x data 2, ZeRO 1"
+    for attempt in (stopped, killed, last):
+        assert list(attempt.startup) == ["checkpoint", "first_batch", "first_step"]
+        recorded = history.directory / "attempts" / f"{attempt.number:04d}.yaml"
+        assert recorded_config(recorded) == history
+
+
+def test_the_time_to_the_first_step_is_in_tensorboard(history: RunConfig) -> None:
+    events = EventAccumulator(str(history.directory / "tensorboard"))
+    events.Reload()
+    firsts = [attempt.step + 1 for attempt in read_attempts(history.directory)]
+    for phase in ("checkpoint", "first_batch", "first_step", "total"):
+        assert [event.step for event in events.Scalars(f"startup/{phase}_seconds")] == firsts
+
+
+def test_event_files_are_in_the_order_of_the_attempts(history: RunConfig) -> None:
+    """Readers sort them by name, that is by the second; attempts that follow each other within one must not mix."""
+    names = sorted(path.name for path in (history.directory / "tensorboard").iterdir())
+    seconds = [int(name.split(".")[3]) for name in names]
+    assert len(set(seconds)) == len(seconds) == 3
 
 
 def test_status_of_a_run_that_is_complete(history: RunConfig) -> None:
@@ -66,10 +87,10 @@ def test_status_of_a_run_that_was_killed(tmp_path: Path, history: RunConfig) -> 
     folder.mkdir()
     (folder / "config.yaml").write_text((history.directory / "config.yaml").read_text())
     lines = (history.directory / FILE).read_text().splitlines(keepends=True)
-    (folder / FILE).write_text("".join(lines[:3]) + '{"number": 3, "torn')
+    (folder / FILE).write_text("".join(lines[:4]) + '{"number": 3, "torn')
     status = read_status(folder)
-    assert (status.state, status.last_end, status.checkpoint) == ("running", "stopped", None)
-    (folder / FILE).write_text("".join([*lines[:3], lines[3].replace('"started": 1', '"started": 1')]))
+    assert (status.state, status.last_end, status.checkpoint) == ("running", "stopped: SIGUSR1", None)
+    (folder / FILE).write_text("".join(lines[:6]))
     assert read_status(folder).last_end == UNKNOWN_END
     with pytest.raises(ConfigurationError, match="not the folder of a run"):
         read_status(tmp_path)
