@@ -10,12 +10,13 @@ quickstart := runs/quickstart-data
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help toolchain install pretrain test test-fast test-quickstart mutations lint tensorboard clean
+.PHONY: help toolchain install pretrain test test-all test-fast test-quickstart mutations lint tensorboard clean
 
 help:
 	@echo "make install      create .venv and build what DeepSpeed needs on CPU"
 	@echo "make pretrain     train a small model on this machine, then sample from it"
 	@echo "make test         all tests;  make test-fast: the tier that takes under two minutes"
+	@echo "make test-all     the rest of the fault tests too; takes long"
 	@echo "make mutations    plant known bugs in a copy and show that the tests find them"
 	@echo "make lint         ruff and mypy"
 	@echo "make tensorboard  show the metrics of runs/"
@@ -64,7 +65,10 @@ test: $(extensions)
 	$(bin)/python -m pytest
 
 test-fast: $(extensions)
-	$(bin)/python -m pytest -m "not slow and not quickstart"
+	$(bin)/python -m pytest -m "not slow and not whole and not quickstart"
+
+test-all: $(extensions)
+	$(bin)/python -m pytest -m ""
 
 test-quickstart: $(extensions)
 	$(bin)/python -m pytest -m quickstart tests/test_quickstart.py

@@ -122,6 +122,7 @@ class CheckpointStore:
         self._writing: set[Path] = set()
         self._last_published: int | None = None
         self._damaged: set[int] = set()
+        self._held: set[int] = set()
 
     def begin(self, step: int) -> Path:
         """Start a checkpoint: clear what dead writers left and make a fresh temporary directory.
@@ -248,10 +249,23 @@ class CheckpointStore:
         intact = [step for step in self.complete_steps() if step not in self._damaged]
         if not intact:
             return []
-        keep = set(intact[-self.keep_last :]) | {self._last_published}
+        keep = set(intact[-self.keep_last :]) | {self._last_published} | self._held
         if self.keep_every is not None:
             keep.update(step for step in intact if step % self.keep_every == 0)
         return sorted(step for step in self._published() if step < intact[-1] and step not in keep)
+
+    def kept(self) -> list[int]:
+        """The complete steps that ``prune`` leaves."""
+        retired = set(self.retirable())
+        return [step for step in self.complete_steps() if step not in retired]
+
+    def hold(self, step: int) -> None:
+        """Keep a step from being retired until ``release``: it is being read."""
+        self._held.add(step)
+
+    def release(self, step: int) -> None:
+        """Let a held step be retired again."""
+        self._held.discard(step)
 
     def published(self) -> dict[int, Path]:
         """All published steps, ascending, with their directories; damaged ones too."""

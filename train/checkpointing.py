@@ -15,8 +15,10 @@ from checkpoints.engine_state import engine_fragments
 from checkpoints.errors import CheckpointError
 from checkpoints.fragments import write_fragments
 from checkpoints.records import FileRecord, Fragment
+from checkpoints.second_level import BackgroundCopies, SecondLevel
 from checkpoints.store import CheckpointStore, LoadedCheckpoint
 from train.config import RunConfig
+from train.host_copies import HostCopies
 from train.rank_zero import on_rank_zero
 
 Fragments = list[tuple[Fragment, Tensor]]
@@ -79,18 +81,30 @@ class RunCheckpoints:
     def __init__(self, config: RunConfig, folder: Path) -> None:
         self.config = config
         self.store = CheckpointStore(folder, config.checkpoint.keep_last, config.checkpoint.keep_every)
+        self._copies = _second_level(config) if torch.distributed.get_rank() == 0 else None
+        self._host_copies = HostCopies()
         # A group of its own: the threads' messages must not meet those of training.
         self._group = torch.distributed.new_group(backend="gloo")
         self._thread: threading.Thread | None = None
         self._finished: list[FinishedSave] = []
 
     def newest(self) -> LoadedCheckpoint | None:
-        """The newest intact checkpoint, found and verified by rank 0.
+        """The newest intact checkpoint, found and verified by rank 0; fetched if the second place has a newer one.
 
         Raises:
             CheckpointError: there are checkpoints, but none is intact.
         """
-        return on_rank_zero(self.store.newest)
+        return on_rank_zero(self._newest)
+
+    def _newest(self) -> LoadedCheckpoint | None:
+        copied = self._copies.newest_step() if self._copies else None
+        if self._copies is None or copied is None:
+            return self.store.newest()
+        steps = self.store.complete_steps()
+        if not steps or steps[-1] < copied:
+            print(f"fetching the checkpoint of step {copied} from {self._copies.place}", flush=True)
+            self._copies.fetch_newest(self.store.root)
+        return self.store.newest()
 
     def save(self, engine: Any, progress: Progress) -> None:
         """Begins a checkpoint; it becomes visible when all ranks have written their part.
@@ -101,7 +115,9 @@ class RunCheckpoints:
         started = time.perf_counter()
         self.wait()
         temporary = on_rank_zero(lambda: self.store.begin(progress.step))
-        fragments = [(fragment, _copy(values)) for fragment, values in engine_fragments(engine)]
+        fragments = engine_fragments(engine)
+        if self.config.checkpoint.asynchronous:
+            fragments = self._host_copies.copy(fragments)
         blocked = time.perf_counter() - started
 
         def finish() -> None:
@@ -134,9 +150,15 @@ class RunCheckpoints:
         return done
 
     def close(self) -> None:
-        """Waits for what is under way, deletion included."""
+        """Waits for what is under way, deletion and the second place included."""
         self.wait()
         self.store.wait()
+        if self._copies is not None:
+            self._copies.wait()
+
+    def problems(self) -> list[str]:
+        """What went wrong with the second place since the last call; training goes on."""
+        return self._copies.problems() if self._copies is not None else []
 
     def _write_all(self, fragments: Fragments, temporary: Path, progress: Progress) -> Path:
         outcome = self._write(fragments, temporary)
@@ -161,6 +183,8 @@ class RunCheckpoints:
         records = [outcome for outcome in outcomes if isinstance(outcome, FileRecord)]
         path = self.store.publish(progress.step, temporary, records, self._metadata(progress))
         self.store.prune()
+        if self._copies is not None:
+            self._copies.start(path, self.store)
         return path
 
     def _metadata(self, progress: Progress) -> dict[str, Any]:
@@ -171,9 +195,9 @@ class RunCheckpoints:
         }
 
 
-def _copy(values: Tensor) -> Tensor:
-    """A copy in main memory that training does not change."""
-    return values.detach().to("cpu", copy=True)
+def _second_level(config: RunConfig) -> BackgroundCopies | None:
+    place = config.checkpoint.copy_to
+    return BackgroundCopies(SecondLevel(f"{place.rstrip('/')}/{config.run.name}")) if place else None
 
 
 def progress_of(checkpoint: LoadedCheckpoint) -> Progress:

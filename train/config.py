@@ -89,7 +89,15 @@ class CheckpointConfig(BaseModel):
 
     every: int = Field(default=1000, ge=1, description="Optimizer steps between checkpoints; the last is always saved.")
     asynchronous: bool = Field(
-        default=False, description="Train on while a copy of the weights and moments is being written."
+        default=True,
+        description="Train on while the checkpoint is being written; takes 12 bytes of main memory per parameter and "
+        "owner for the copy.",
+    )
+    copy_to: str | None = Field(
+        default=None,
+        description="A second place that gets a copy of each checkpoint in the background, in a folder of the run's "
+        "name: a folder, or a URL of fsspec such as s3://bucket/runs. A run that finds a newer checkpoint there than "
+        "its own fetches it.",
     )
     keep_last: int = Field(default=2, ge=1, description="Newest checkpoints that are kept.")
     keep_every: int | None = Field(

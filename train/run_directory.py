@@ -23,6 +23,7 @@ from train.config_file import config_text
 
 # What may differ between attempts of one run: the result is the same, or the data's fingerprint decides.
 CHANGEABLE = (
+    "run.name",
     "run.root",
     "run.initial_weights",  # read before the first step only
     "parallel.",
@@ -59,9 +60,16 @@ class RunDirectory:
             ConfigurationError: the run was made with other settings, which are listed, or its record of them is
                 damaged.
         """
-        if not self._config_file.is_file():
-            return
-        there = flatten(self._recorded())
+        if self._config_file.is_file():
+            self.check_against(self._recorded())
+
+    def check_against(self, recorded: dict[str, Any]) -> None:
+        """Checks that this configuration may go on with a run that was made with a recorded one.
+
+        Raises:
+            ConfigurationError: settings differ that make another run; lists them.
+        """
+        there = flatten(recorded)
         here = flatten(yaml.safe_load(config_text(self.config)))
         changed = [
             f"{name} is {there.get(name)!r} there and {here.get(name)!r} here"

@@ -10,6 +10,7 @@ import torch
 from checkpoints.engine_state import load_master_weights, load_optimizer, load_weights
 from checkpoints.fragments import FragmentReader
 from checkpoints.store import LoadedCheckpoint
+from parallel.config import ParallelConfig
 from parallel.cpu_adaptation import compute_device
 from parallel.errors import ConfigurationError
 from parallel.stage import build_stage
@@ -161,6 +162,7 @@ class Trainer:
 
     def _checked_progress(self, checkpoint: LoadedCheckpoint) -> Progress:
         progress = progress_of(checkpoint)
+        self.directory.check_against(checkpoint.metadata["config"])
         if progress.stream != self.stream.fingerprint:
             raise ConfigurationError(
                 f"run {self.config.run.name} was trained on other data: its checkpoint has the fingerprint "
@@ -176,6 +178,9 @@ class Trainer:
             print(f"skipped the checkpoint of step {step}: {reason}", flush=True)
         if checkpoint:
             print(f"resuming run {self.config.run.name} at step {checkpoint.step} from {checkpoint.path}", flush=True)
+            written = ParallelConfig.model_validate(checkpoint.metadata["config"]["parallel"])
+            if written != self.config.parallel:
+                print(f"it was written under {written} and goes on under {self.config.parallel}", flush=True)
         else:
             weights = self.config.run.initial_weights
             source = f" from the weights in {weights}" if weights else ""
@@ -301,6 +306,8 @@ class Trainer:
 
     def _review_saves(self, must_succeed: bool = False) -> None:
         """Reports saves that have ended; a failed one ends the run if it is the last, or the second in a row."""
+        for problem in self.checkpoints.problems():
+            print(f"warning: {problem}", flush=True)
         for save in self.checkpoints.finished():
             self._failed_saves = 0 if save.error is None else self._failed_saves + 1
             if self.monitor is not None:
@@ -310,6 +317,8 @@ class Trainer:
 
     def _save(self) -> None:
         self.guard.progress()
+        if self.progress.optimizer_steps == 0:
+            return  # all steps so far were skipped: there are no moments, and a start is as good
         if self.monitor is not None:
             self.monitor.flush()
         self.checkpoints.save(self.engine.engine, self.progress)
