@@ -51,7 +51,8 @@ def parse_arguments() -> argparse.Namespace:
         help="of the token decoder: the vanilla table, or each token's state before the token decoder's first layer",
     )
     add("--block-lengths", metavar="1,2,4", help="grow the blocks in stages that share the steps")
-    add("--launcher", choices=("auto", "local", "inline"), default="auto", help="see tools/pretrain.py")
+    add("--launcher", choices=("auto", "local", "inline", "slurm"), default="auto", help="see tools/pretrain.py")
+    add("--wait", action="store_true", help="with --launcher slurm: wait until the jobs have ended")
     add("--dry-run", action="store_true", help="check everything, print what would run, and exit")
     return parser.parse_intermixed_args()
 
@@ -73,6 +74,8 @@ def main() -> int:
     arguments = parse_arguments()
     if arguments.vanilla is None or arguments.config is None:
         raise ConfigurationError(NEEDED)
+    if arguments.wait and arguments.launcher != "slurm":
+        raise ConfigurationError("--wait is for --launcher slurm; the other launchers always wait")
     config = load_config(arguments.config, arguments.overrides)
     vanilla = arguments.vanilla.absolute()
     options = UptrainingOptions(arguments.layers, arguments.token_embeddings, config.run.seed)
@@ -90,7 +93,7 @@ def main() -> int:
     exit_on_termination()
     from slurm.uptraining import launch_uptraining  # imports Submitit, which a dry run does not need
 
-    return launch_uptraining(runs, vanilla, options, arguments.launcher)
+    return launch_uptraining(runs, vanilla, options, arguments.launcher, arguments.wait)
 
 
 if __name__ == "__main__":

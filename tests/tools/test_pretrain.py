@@ -15,7 +15,7 @@ import submitit
 import yaml
 
 from checkpoints.store import CheckpointStore
-from slurm.launch import run_submitit_task
+from slurm.local import run_submitit_task
 from tests.tools.outcomes import assert_one_clear_error
 from tests.train.small_run import prepare_small_corpus, small_run
 from train.config_file import config_text
