@@ -52,9 +52,16 @@ def _slurm_identity(environment: Mapping[str, str]) -> ProcessIdentity:
     )
 
 
+def job_id(environment: Mapping[str, str]) -> str:
+    """This job as Slurm's commands name it: a bare number would mean all tasks of the array that it is the last of."""
+    if "SLURM_ARRAY_JOB_ID" in environment:
+        return f"{environment['SLURM_ARRAY_JOB_ID']}_{environment['SLURM_ARRAY_TASK_ID']}"
+    return environment.get("SLURM_JOB_ID", "0")
+
+
 def job_times(environment: Mapping[str, str]) -> JobTimes:
     """When Slurm got, started and will end this job; older versions do not set the latter, so squeue is asked."""
-    command = ["squeue", "--noheader", f"--jobs={environment.get('SLURM_JOB_ID', 0)}", "--format=%V %S %e"]
+    command = ["squeue", "--noheader", f"--jobs={job_id(environment)}", "--format=%V %S %e"]
     try:
         answer = subprocess.run(command, capture_output=True, text=True, timeout=SQUEUE_SECONDS, check=True).stdout
         submitted, started, end = map(_timestamp, answer.split())

@@ -13,6 +13,7 @@ import sys
 import time
 from pathlib import Path
 
+from slurm.identity import job_id
 from train.process import STOPPED_STATUS, USER_ERROR_STATUS
 
 MAXIMUM_WITHOUT_PROGRESS = 3
@@ -91,7 +92,7 @@ def requeue(run: Path, status: int, job: str) -> str:
 def main() -> None:
     """Decides for the job of this process."""
     run, status = Path(sys.argv[1]), int(sys.argv[2])
-    print(f"requeue: {requeue(run, status, os.environ['SLURM_JOB_ID'])}", flush=True)
+    print(f"requeue: {requeue(run, status, job_id(os.environ))}", flush=True)
 
 
 if __name__ == "__main__":

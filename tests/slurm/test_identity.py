@@ -1,7 +1,7 @@
 import pytest
 
 from parallel.errors import ConfigurationError
-from slurm.identity import identity_from_environment
+from slurm.identity import identity_from_environment, job_id
 from train.process import ProcessIdentity
 
 STEP = {"SLURM_PROCID": "9", "SLURM_NTASKS": "20", "SLURM_LOCALID": "1", "SLURM_STEP_ID": "0", "SLURM_NODEID": "1"}
@@ -72,3 +72,9 @@ def test_jobs_on_one_node_get_different_ports() -> None:
     ports = {identity(**{**TWO_NODES, "SLURM_JOB_ID": str(job)}).master_port for job in range(123_456, 123_556)}
     assert len(ports) == 100
     assert all(1024 < port < 32768 for port in ports)
+
+
+def test_a_task_of_an_array_is_named_as_such() -> None:
+    """Slurm takes the bare id of an array's last task for the whole array."""
+    assert job_id({"SLURM_JOB_ID": "12"}) == "12"
+    assert job_id({"SLURM_JOB_ID": "12", "SLURM_ARRAY_JOB_ID": "12", "SLURM_ARRAY_TASK_ID": "3"}) == "12_3"
