@@ -1,9 +1,11 @@
 """Which rank this process is, from the environment that torchrun or srun gives its processes."""
 
+import random
 import re
 import socket
 import subprocess
 from collections.abc import Mapping
+from contextlib import suppress
 from datetime import datetime
 
 from parallel.errors import ConfigurationError
@@ -110,7 +112,9 @@ def _first_node(environment: Mapping[str, str]) -> str:
 
 
 def free_port() -> int:
-    """A TCP port that is free on this machine now."""
-    with socket.socket() as listener:
-        listener.bind((LOCAL_ADDRESS, 0))
-        return int(listener.getsockname()[1])
+    """A TCP port that is free on this machine now, and that the system gives to nobody meanwhile."""
+    while True:
+        with socket.socket() as listener, suppress(OSError):
+            port = random.randrange(FIRST_PORT, FIRST_PORT + NUM_PORTS)
+            listener.bind((LOCAL_ADDRESS, port))
+            return port

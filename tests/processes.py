@@ -6,9 +6,11 @@ DeepSpeed costs seconds of CPU time per process.
 
 import multiprocessing
 import os
+import random
 import socket
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 _context = multiprocessing.get_context("forkserver")
@@ -61,9 +63,12 @@ def run_processes(
 
 
 def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
+    """A port that is free now, below the range from which the system hands them out to anybody meanwhile."""
+    while True:
+        with socket.socket() as listener, suppress(OSError):
+            port = random.randrange(10_000, 30_000)
+            listener.bind(("127.0.0.1", port))
+            return port
 
 
 def _run(

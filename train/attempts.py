@@ -86,6 +86,7 @@ class AttemptRecord:
     def __init__(self, config: RunConfig, step: int, code_version: str) -> None:
         folder = config.directory
         self._path = folder / FILE
+        self._has_ended = False
         self._number = len(read_attempts(folder)) + 1
         with suppress(OSError):
             (folder / CONFIGS).mkdir(exist_ok=True)
@@ -106,7 +107,10 @@ class AttemptRecord:
         self._append({"number": self._number, "startup": {name: round(value, 3) for name, value in startup.items()}})
 
     def end(self, step: int, reason: str) -> None:
-        """Notes how the attempt ended."""
+        """Notes how the attempt ended; the first reason counts, what follows from it does not."""
+        if self._has_ended:
+            return
+        self._has_ended = True
         self._append({"number": self._number, "ended": time.time(), "end_step": step, "reason": reason})
 
     def _append(self, line: dict[str, Any]) -> None:

@@ -1,6 +1,7 @@
 """The training loop."""
 
 import math
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from enum import Enum
@@ -82,10 +83,12 @@ class Trainer:
         self.requests = requests
         self.after_step = after_step
         self.clock = clock or StartupClock()
-        self.guard = HangGuard(config.stability.hang_timeout_seconds)
         self.directory = RunDirectory(config)
         on_rank_zero(self.directory.open)
         self.stream = open_stream(config, "train")
+        self.progress = Progress(0, 0, 0, self.stream.fingerprint)
+        self.attempt: AttemptRecord | None = None
+        self.guard = HangGuard(config.stability.hang_timeout_seconds, self._explain_hang)
         self.validation = ValidationSet(config, place) if config.validation.every else None
         self.checkpoints = RunCheckpoints(config, self.directory.checkpoints)
         self.watch = LossWatch(config.stability)
@@ -98,7 +101,8 @@ class Trainer:
         self.monitor = self._monitor() if place.rank == 0 else None
         self._first_step = self.progress.step + 1
         self._failed_saves = 0
-        self.attempt = self._new_attempt() if place.rank == 0 else None
+        if place.rank == 0:
+            self.attempt = self._new_attempt()
 
     def run(self) -> Outcome:
         """Trains until the last step or until any rank is told to stop; saves in either case.
@@ -143,7 +147,8 @@ class Trainer:
     def _build(self, checkpoint: LoadedCheckpoint | None) -> None:
         config = self.config
         dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
-        self.progress = self._checked_progress(checkpoint) if checkpoint else Progress(0, 0, 0, self.stream.fingerprint)
+        beginning = Progress(0, 0, 0, self.stream.fingerprint)
+        self.progress = self._checked_progress(checkpoint) if checkpoint else beginning
         source = checkpoint.path if checkpoint else on_rank_zero(lambda: initial_weights(config))
         stage = build_stage(config.model, config.parallel, dtype, None if source else config.run.seed)
         reader = FragmentReader(source) if source else None
@@ -261,6 +266,13 @@ class Trainer:
             if step == self._first_step:
                 self._report_startup()
         self.watch.check_skipped(self.progress, str(problem))
+
+    def _explain_hang(self) -> None:
+        """Says what is about to happen; the rank whose stack is not in a collective is the one that the others miss."""
+        waited = f"{self.guard.timeout:g} s (stability.hang_timeout_seconds)"
+        reason = f"no progress for {waited} after step {self.progress.step}"
+        print(f"error: rank {self.place.rank}: {reason}; the stacks of all its threads follow", file=sys.stderr)
+        self._note_end(reason)
 
     def _report_startup(self) -> None:
         self.clock.reached("first_step")

@@ -20,6 +20,7 @@ from parallel.stage import build_stage
 from parallel.topology import initialize_topology
 from tests.processes import run_processes
 from tests.train.small_run import prepare_small_corpus, small_run
+from train.attempts import read_attempts
 from train.batches import split_global_batch
 from train.config import RunConfig, StabilityConfig
 from train.metrics import MeanLoss
@@ -200,9 +201,42 @@ def test_the_end_of_the_job_is_a_request(tmp_path: Path) -> None:
 
 def test_a_hang_ends_with_the_stack_of_every_thread() -> None:
     code = (
-        "import time\nfrom train.hang_guard import HangGuard\ndef stuck():\n    time.sleep(60)\nHangGuard(0.5)\nstuck()"
+        "import time\nfrom train.hang_guard import HangGuard\n"
+        "def stuck():\n    time.sleep(60)\n"
+        "HangGuard(0.5, lambda: print('explained', flush=True))\nstuck()"
     )
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=30)
     assert result.returncode == 1
-    assert "Timeout (0:00:00.500000)!" in result.stderr
-    assert "in stuck" in result.stderr
+    assert result.stdout == "explained\n"
+    assert result.stderr.count("in stuck") == 2
+
+
+def _train_and_hang(config: RunConfig, logs: Path) -> None:
+    place = initialize_topology(config.parallel)
+    log = os.open(logs / f"rank_{place.rank}.log", os.O_WRONLY | os.O_CREAT)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    sys.stdout = sys.stderr = open(log, "w", buffering=1)  # noqa: SIM115
+
+    def sleeping_forever(step: int) -> None:
+        if place.rank == 1 and step == 4:
+            time.sleep(3600)
+
+    requests = Requests(config.directory, StopSignals(), None, 0.0, watches_files=place.rank == 0)
+    Trainer(config, place, requests, sleeping_forever).run()
+
+
+def test_a_rank_that_sleeps_forever_ends_the_run_with_the_stacks_of_all(tmp_path: Path, shards: Path) -> None:
+    config = small_run(tmp_path, shards, stability={"hang_timeout_seconds": 4.0})
+    started = time.monotonic()
+    run_processes(2, _train_and_hang, config, tmp_path, may_die=True)
+    assert time.monotonic() - started < 40
+    waiting, sleeping = ((tmp_path / f"rank_{rank}.log").read_text() for rank in (0, 1))
+    for rank, log in enumerate((waiting, sleeping)):
+        assert f"error: rank {rank}: no progress for 4 s (stability.hang_timeout_seconds) after step" in log
+        assert "(most recent call first)" in log
+    assert "in sleeping_forever" in sleeping
+    assert "in all_reduce" in waiting
+    assert read_attempts(config.directory)[-1].reason == (
+        "no progress for 4 s (stability.hang_timeout_seconds) after step 4"
+    )
