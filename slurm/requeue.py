@@ -40,7 +40,7 @@ def decide(run: Path, status: int) -> tuple[bool, str]:
             f"{stuck} restarts in a row made no checkpoint after step {step}, and the last ended with status {status}; "
             f"look at the logs, and submit again: that starts from step {step}"
         )
-    cause = "it stopped and saved" if status == STOPPED_STATUS else f"it failed with status {status}"
+    cause = "it was stopped" if status == STOPPED_STATUS else f"it failed with status {status}"
     return True, f"{cause} at step {step}"
 
 

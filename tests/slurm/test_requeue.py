@@ -22,7 +22,7 @@ def checkpoint(run: Path, step: int) -> None:
     [
         (0, False, "the run ended"),
         (2, False, "an error that a restart would meet again"),
-        (143, True, "it stopped and saved at step 40"),
+        (143, True, "it was stopped at step 40"),
         (1, True, "it failed with status 1 at step 40"),
         (137, True, "it failed with status 137 at step 40"),
     ],
