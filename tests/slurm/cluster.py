@@ -21,6 +21,8 @@ SYSTEM_PATH = "/usr/sbin:/usr/bin:/sbin:/bin"
 START_SECONDS, STOP_SECONDS, COMMAND_SECONDS = 30.0, 10.0, 60.0
 ENDED_STATES = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE")
 
+NODE = ("unshare", "--uts", "--mount", "--ipc", "--pid", "--fork", "--kill-child", "--mount-proc", "bash", "-c")
+
 CONFIGURATION = """\
 ClusterName=loopback
 SlurmctldHost={host}(127.0.0.1)
@@ -54,6 +56,7 @@ ReturnToService=2
 MinJobAge=86400
 EnforcePartLimits=ALL
 GresTypes=gpu
+FirstJobId={first_job}
 NodeName=node[1-{nodes}] NodeHostname={host} NodeAddr=127.0.0.[11-{last_address}] Port=[{first_port}-{last_port}] \
 CPUs={cpus} RealMemory={memory_mib} Gres=gpu:{gpus} State=UNKNOWN
 PartitionName=main Nodes=node[1-{nodes}] Default=YES DefaultTime=60 MaxTime=INFINITE State=UP
@@ -126,6 +129,7 @@ class Cluster:
             "folder": self.folder,
             "host": socket.gethostname(),
             "port": port,
+            "first_job": 1 + secrets.randbelow(50_000),  # jobs of other clusters on this machine use other ports
             "first_port": port + 1,
             "last_port": port + self.shape.nodes,
             "last_address": 10 + self.shape.nodes,
@@ -142,8 +146,7 @@ class Cluster:
         )
         with (self.folder / f"node{node}.log").open("ab") as log:
             self._nodes[node] = subprocess.Popen(
-                ["unshare", "--uts", "--mount", "--ipc", "--pid", "--fork", "--kill-child", "--mount-proc"]
-                + ["bash", "-c", inside],
+                [*NODE, inside],
                 env=self.environment,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
@@ -156,6 +159,18 @@ class Cluster:
         process = self._nodes.pop(node)
         process.kill()
         process.wait(STOP_SECONDS)
+
+    def mount_on(self, node: int, *arguments: object) -> None:
+        """Calls mount with these arguments on one node; the other nodes do not see it."""
+        self._inside(node, "mount", *arguments)
+
+    def unmount_on(self, node: int, path: Path) -> None:
+        """Takes a mount away again."""
+        self._inside(node, "umount", path)
+
+    def _inside(self, node: int, *command: object) -> None:
+        pid = Path(f"/proc/{self._nodes[node].pid}/task/{self._nodes[node].pid}/children").read_text().split()[0]
+        self.run("nsenter", f"--target={pid}", "--mount", *command)
 
     def wait_for_nodes(self, count: int) -> None:
         """Waits until so many nodes are idle.
@@ -213,10 +228,10 @@ class Cluster:
         if (self.folder / "slurmctld.pid").exists():
             with suppress(subprocess.SubprocessError):
                 self.run("scancel", "--user=root", check=False)
+        _end(self.folder / "slurmctld.pid", "slurmctld")
         for node in list(self._nodes):
             self.power_off(node)
-        for program in ("slurmctld", "munged"):
-            _end(self.folder / f"{program}.pid", program)
+        _end(self.folder / "munged.pid", "munged")
 
 
 def missing_programs() -> list[str]:
