@@ -159,7 +159,7 @@ def _setup(configs: Sequence[RunConfig], site: SiteSettings) -> list[str]:
         f"cd {shlex.quote(str(ROOT))}",
         'export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONSAFEPATH=1',
         "trap : USR1 USR2 TERM",
-        f'trap \'status=$?; {python} -m slurm.requeue "$run" "$status"; exit "$status"\' EXIT',
+        f"trap 'status=$?; ((status == 0)) || {python} -m slurm.requeue \"$run\" $status; exit $status' EXIT",
         *setup,
         f'MASTER_PORT="$({python} -m slurm.rendezvous_port)"',
         "export MASTER_PORT",

@@ -11,16 +11,21 @@ import argparse
 
 from checkpoints.errors import CheckpointError
 from parallel.errors import ConfigurationError
+from slurm.overview import overview, runs_in
 from tools.command_line import run
-from train.status import describe, read_status
 
 
 def main() -> None:
     """Prints a few lines about each run."""
-    parser = argparse.ArgumentParser(description="Shows where runs stand and why their last attempt ended.")
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run, such as runs/NAME")
-    for folder in parser.parse_args().runs:
-        print(describe(read_status(folder)))
+    parser = argparse.ArgumentParser(
+        description="Shows where runs stand, how fast they get on, and why their last attempt ended."
+    )
+    parser.add_argument(
+        "runs", nargs="+", type=Path, metavar="RUN", help="folder of a run, such as runs/NAME, or of several, as runs"
+    )
+    folders = [folder for given in parser.parse_args().runs for folder in runs_in(given)]
+    for folder in folders:
+        print(overview(folder), flush=True)
 
 
 if __name__ == "__main__":
