@@ -65,8 +65,8 @@ class Monitor:
         else:
             self._bar.write(text, file=sys.stdout)
 
-    def step(self, step: int, loss: MeanLoss, learning_rate: float, gradient_norm: float, tokens: int) -> None:
-        """Records one optimizer step; logs it if it is due."""
+    def step(self, step: int, loss: MeanLoss, learning_rate: float, gradient_norm: float, sequences: int) -> None:
+        """Records one optimizer step, up to which so many sequences of the stream were read; logs it if it is due."""
         if self._bar is not None:
             self._bar.update()
         if step % self.config.logging.every and step != self._last_step:
@@ -78,7 +78,8 @@ class Monitor:
             **_positions("train", loss),
             "optimizer/learning_rate": learning_rate,
             "optimizer/gradient_norm": gradient_norm,
-            "progress/tokens": float(tokens),
+            "progress/tokens": float(step * self.config.tokens_per_step),
+            "progress/sequences": float(sequences),
             "speed/tokens_per_second": speed.tokens_per_second,
             "speed/tflops_per_process": speed.tflops_per_process,
             "speed/data_wait_seconds": data_wait,

@@ -260,7 +260,7 @@ class Trainer:
         step, is_skipped = self.progress.step, self.progress.skipped_in_a_row > 0
         problem = problem or (f"the gradient norm is {gradient_norm}" if is_skipped else None)
         if self.monitor is not None:
-            self.monitor.step(step, loss, rate, gradient_norm, step * self.config.tokens_per_step)
+            self.monitor.step(step, loss, rate, gradient_norm, self.progress.consumed_sequences)
             if problem:
                 self.monitor.unusual(step, problem, is_skipped, self.progress.skipped_steps)
             if step == self._first_step:
