@@ -51,8 +51,8 @@ def overview(run: Path) -> str:
 def _newest_job(run: Path) -> tuple[str, JobState | None]:
     """A job that waits or runs, else the newest one."""
     states = job_states(known_jobs(run))
-    living = [(job, state) for job, state in states.items() if state is not None and not state.has_ended]
-    return (living or list(states.items()) or [("", None)])[0]
+    jobs: list[tuple[str, JobState | None]] = list(states.items()) or [("", None)]
+    return next(((job, state) for job, state in jobs if state is not None and not state.has_ended), jobs[0])
 
 
 def _corrected(status: RunStatus, job: JobState) -> RunStatus:

@@ -98,6 +98,8 @@ def _submit(weights: Sequence[InitialWeights], wait: bool) -> int:
     left = [TrainingJob(config, one) for one in weights if is_startable(RunDirectory(config := one.runs[one.number]))]
     for job in left:
         check_not_in_slurm(RunDirectory(job.config))
+        if job.prepare is not None and (job.config.directory / FOLDER).is_dir():
+            job.prepare()  # only checks how the weights there were made
     submitted: list[Any] = []
     for job in left:
         after = submitted[-1].job_id if submitted else None

@@ -33,3 +33,13 @@ def cluster() -> Iterator[Cluster]:
 def large_cluster() -> Iterator[Cluster]:
     """Sixteen nodes with 8 GPUs each, for what is only asked, not run."""
     yield from _start(Shape(nodes=16, cpus=96))
+
+
+@pytest.fixture
+def on_cluster(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> Cluster:
+    """This process is on the cluster's login node, and jobs are to have two nodes."""
+    for name in ("SLURM_CONF", "PATH"):
+        monkeypatch.setenv(name, cluster.environment[name])
+    monkeypatch.setenv("SITE_NODES", "2")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    return cluster

@@ -1,6 +1,5 @@
 """Runs submitted to a real cluster from Python end like undisturbed ones, whatever happens to their jobs."""
 
-import json
 import os
 import signal
 import subprocess
@@ -11,7 +10,6 @@ from pathlib import Path
 
 import pytest
 import submitit
-import torch
 
 import tools.pretrain
 import tools.status
@@ -21,8 +19,9 @@ from slurm.site import SiteSettings
 from slurm.submission import Shape, shape_of
 from slurm.training_job import TrainingJob
 from tests.slurm.cluster import Cluster
+from tests.slurm.submitted import Submitted
 from tests.train.small_run import prepare_small_corpus, small_run
-from tests.train.test_resume import final_tensors, run, scalars
+from tests.train.test_resume import run, scalars
 from train.config import RunConfig
 from train.config_file import config_text, load_config
 
@@ -55,57 +54,6 @@ def undisturbed(config_file: Path) -> RunConfig:
     config = load_config(config_file, ["run.name=undisturbed"])
     run(config)
     return config
-
-
-@pytest.fixture
-def on_cluster(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> Cluster:
-    """This process is on the cluster's login node."""
-    for name in ("SLURM_CONF", "PATH"):
-        monkeypatch.setenv(name, cluster.environment[name])
-    monkeypatch.setenv("SITE_NODES", "2")
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    return cluster
-
-
-class Submitted:
-    """A run in Slurm."""
-
-    def __init__(self, cluster: Cluster, config: RunConfig) -> None:
-        self.cluster, self.config = cluster, config
-        record = json.loads((config.directory / "submission.json").read_text())
-        self.job, self.logs = record["job"], Path(record["logs"])
-
-    @property
-    def log(self) -> str:
-        """What rank 0 and the batch script have said so far."""
-        path = self.logs / f"{self.job}_0_log.out"
-        return path.read_text() if path.exists() else ""
-
-    @property
-    def restarts(self) -> int:
-        return int(self.cluster.details(self.job)["Restarts"])
-
-    def wait_until_said(self, text: str, seconds: float = 180.0) -> None:
-        deadline = time.monotonic() + seconds
-        while text not in self.log:
-            assert time.monotonic() < deadline, f"no {text!r} in\n{self.log}"
-            time.sleep(0.05)
-
-    def results(self) -> list[object]:
-        """What the processes returned."""
-        return submitit.SlurmJob(self.logs, self.job, range(self.config.parallel.world_size)).results()
-
-    def assert_like(self, undisturbed: RunConfig) -> None:
-        """Complete, with the same losses and the same weights and moments, bit for bit."""
-        assert self.cluster.wait_for(self.job, seconds=300.0) == "COMPLETED", self.log
-        assert [result.status for result in self.results()] == [0] * self.config.parallel.world_size  # type: ignore[attr-defined]
-        for tag in ("train/loss", "validation/loss"):
-            assert scalars(self.config, tag) == scalars(undisturbed, tag)
-        assert len(scalars(self.config, "train/loss")) == self.config.train.steps
-        expected, actual = final_tensors(undisturbed), final_tensors(self.config)
-        assert expected.keys() == actual.keys()
-        for key, tensor in expected.items():
-            assert torch.equal(actual[key], tensor), key
 
 
 def command(tool: str, *arguments: object) -> list[str]:
@@ -324,7 +272,7 @@ def test_a_sweep_runs_as_an_array_whose_points_restart_by_themselves(
     on_cluster.run("scancel", "--signal=USR2", points[2].job)
     for point in points:
         assert on_cluster.wait_for(point.job, seconds=300.0) == "COMPLETED", point.log
-        assert [result.status for result in point.results()] == [0]  # type: ignore[attr-defined]
+        assert [result.status for result in point.results()] == [0]
     assert [point.restarts for point in points] == [0, 0, 1]
     losses = [[loss for _, loss in scalars(config, "train/loss")] for config in configs]
     assert [len(values) for values in losses] == [60] * 3

@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 import yaml
 from safetensors.torch import load_file, save_file
 
@@ -20,13 +19,13 @@ from checkpoints.fragments import FragmentReader
 from checkpoints.store import CheckpointStore
 from parallel.errors import ConfigurationError
 from tests.tools.outcomes import assert_one_clear_error
-from tests.train.small_run import VOCABULARY, prepare_small_corpus, small_run
+from tests.tools.vanilla_model import WIDTH, save_vanilla_model
+from tests.train.small_run import prepare_small_corpus, small_run
 from tools.uptrain_from_vanilla import main
 from train.config_file import config_text
 
 ROOT = Path(__file__).resolve().parents[2]
 TOOL = ROOT / "tools" / "uptrain_from_vanilla.py"
-WIDTH, HEADS, LAYERS = 32, 4, 3
 
 
 @pytest.fixture(scope="module")
@@ -36,19 +35,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def vanilla(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Hugging Face GPT-NeoX model with random weights."""
-    folder = tmp_path_factory.mktemp("vanilla")
-    config = transformers.GPTNeoXConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=WIDTH,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=HEADS,
-        intermediate_size=4 * WIDTH,
-        max_position_embeddings=64,
-    )
-    torch.manual_seed(0)
-    transformers.GPTNeoXForCausalLM(config).save_pretrained(folder)
-    return folder
+    return save_vanilla_model(tmp_path_factory.mktemp("vanilla"))
 
 
 def target(root: Path, corpus: Path, **sections: dict[str, Any]) -> Path:
