@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-VISIBLE_SECONDS = 10.0  # network file systems show a new file to other nodes after a while
+VISIBLE_SECONDS = 5.0  # network file systems show a new file to other nodes after a while
 MAXIMUM_SKEW_SECONDS = 5.0
 BYTES_PER_PARAMETER = 12  # of a checkpoint: the fp32 weight and two moments
 

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 BAD_NODE_STATUS, NO_ANSWER_STATUS = 3, 1
 RESERVE_SECONDS = 15.0  # of the time given, for what follows the nodes' answers
+FAREWELL_SECONDS = 2.0
 POLL_SECONDS = 0.05
 
 
@@ -89,11 +90,9 @@ class Preflight:
         if self.is_first_of_node:
             self._answer()
         if self.rank == 0:
-            verdict = self._judge()
-            self.store.set("verdict", verdict)
-            if verdict:
-                raise PreflightError(verdict)
+            self._announce()
         elif self.store.get("verdict"):
+            self.store.set(f"left/{self.rank}", "")
             return
         self._measure()
 
@@ -114,8 +113,28 @@ class Preflight:
             self.store.wait(["what time is it"])
             self.store.set(f"time/{self.node_number}", str(time.time()))
 
-    def _judge(self) -> str:
-        """What is wrong with the nodes; empty if nothing is."""
+    def _announce(self) -> None:
+        """Tells all tasks whether the nodes are good; the store stays until those that answer have heard it.
+
+        Raises:
+            PreflightError: they are not.
+        """
+        try:
+            self._judge()
+        except PreflightError as error:
+            self.store.set("verdict", str(error))
+            end = time.monotonic() + FAREWELL_SECONDS
+            while time.monotonic() < end and not self.store.check([f"left/{rank}" for rank in range(1, self.world)]):
+                time.sleep(POLL_SECONDS)
+            raise
+        self.store.set("verdict", "")
+
+    def _judge(self) -> None:
+        """Compares the nodes.
+
+        Raises:
+            PreflightError: one is not as it should be, or does not answer.
+        """
         answers = self._collect("facts", range(len(self.nodes)))
         with suppress(OSError):
             (self.options.run / self.mark).unlink()
@@ -128,7 +147,8 @@ class Preflight:
         for one, there in zip(facts[1:], map(float, times), strict=True):
             if (off := skew(sent, there, received)) > MAXIMUM_SKEW_SECONDS:
                 found.append(f"node {one.node} has a clock that differs by {off:.0f} s from that of {facts[0].node}")
-        return "; ".join(found)
+        if found:
+            raise PreflightError("; ".join(found))
 
     def _collect(self, name: str, numbers: range) -> list[str]:
         """The values of all nodes; names those that did not give theirs."""
@@ -137,24 +157,32 @@ class Preflight:
             missing -= {number for number in missing if self.store.check([f"{name}/{number}"])}
             if missing and time.monotonic() > self.deadline:
                 silent = ", ".join(f"node {self.nodes[number]}" for number in sorted(missing))
-                raise PreflightError(f"{silent} did not answer within {self.options.seconds} s", NO_ANSWER_STATUS)
+                raise PreflightError(f"{silent} did not answer within {self.options.seconds:g} s", NO_ANSWER_STATUS)
             time.sleep(POLL_SECONDS)
         return [self.store.get(f"{name}/{number}").decode() for number in numbers]
 
     def _measure(self) -> None:
-        """Times the all-reduce; if it is too slow, also the way to each node."""
+        """Times the all-reduce; if it is too slow, also the way to each node.
+
+        Raises:
+            PreflightError: on rank 0, it is too slow.
+        """
         from slurm.bandwidth import Network
 
+        speed, problem = None, ""
+        minimum = self.options.minimum_gbps
         with Network(self.store, self.rank, self.world, RESERVE_SECONDS) as network:
-            speed = network.all_reduce_gbps() if self.world > 1 else None
-            if speed is not None and speed < self.options.minimum_gbps:
-                node, slowest = network.slowest_node(self.nodes)
-                if self.rank == 0:
-                    raise PreflightError(
+            if self.world > 1:
+                speed = network.all_reduce_gbps()
+                if speed < minimum:
+                    node, slowest = network.slowest_node(self.nodes)
+                    problem = (
                         f"node {node} is reached with {slowest:.2f} GB/s, and all-reduces over {self.world} tasks with "
-                        f"{speed:.2f} GB/s, less than SITE_MIN_ALLREDUCE_GBPS={self.options.minimum_gbps:g}"
+                        f"{speed:.2f} GB/s, less than SITE_MIN_ALLREDUCE_GBPS={minimum:g}"
                     )
         if self.rank == 0:
+            if problem:
+                raise PreflightError(problem)
             measured = f"; all-reduce over {self.world} tasks: {speed:.2f} GB/s" if speed is not None else ""
             print(f"preflight: {len(self.nodes)} nodes alike, {self.options.gpus} GPUs on each{measured}", flush=True)
 
@@ -169,6 +197,7 @@ def main() -> int:
     parser.add_argument("--parameters", type=int, default=0, help="of the model")
     parser.add_argument("--minimum-gbps", type=float, default=0.0, help="of the all-reduce; 0: any")
     options = parser.parse_args()
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # before torch is imported: only our own sentences
     try:
         Preflight(options).run()
     except PreflightError as error:

@@ -170,7 +170,7 @@ class Cluster:
 
     def _inside(self, node: int, *command: object) -> None:
         pid = Path(f"/proc/{self._nodes[node].pid}/task/{self._nodes[node].pid}/children").read_text().split()[0]
-        self.run("nsenter", f"--target={pid}", "--mount", *command)
+        self.run("nsenter", f"--target={pid}", "--mount", "--pid", *command)
 
     def wait_for_nodes(self, count: int) -> None:
         """Waits until so many nodes are idle.

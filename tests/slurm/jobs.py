@@ -3,12 +3,14 @@
 import os
 import signal
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
+from checkpoints.store import CheckpointStore
 from tests.slurm.cluster import Cluster
 from tests.train.small_run import VOCABULARY
 from tests.train.test_resume import final_tensors, run, scalars
@@ -119,6 +121,15 @@ def submit(
     return Job(cluster, number, log, name, overrides)
 
 
+def python_that(folder: Path, part: str, behaviour: str) -> str:
+    """An environment whose Python does something else when a part of its command line is this one."""
+    program = Path(tempfile.mkdtemp(prefix="environment-", dir=folder)) / "bin" / "python"
+    program.parent.mkdir()
+    program.write_text(f'#!/bin/bash\n[[ "$*" != *{part}* ]] || {behaviour}\nexec {sys.executable} "$@"\n')
+    program.chmod(0o755)
+    return str(program.parent.parent)
+
+
 def run_config(overrides: list[str], name: str) -> RunConfig:
     """The configuration that the job's four processes have."""
     return load_config(CONFIG, [*overrides, f"run.name={name}", "parallel.data=4"])
@@ -132,7 +143,11 @@ def undisturbed(overrides: list[str]) -> RunConfig:
 
 
 def assert_same_run(actual: RunConfig, expected: RunConfig) -> None:
-    """The same losses at the same steps, and the same final weights and moments, bit for bit."""
+    """The same losses at the same steps, the same samples consumed, and the same final tensors, bit for bit."""
+    newest = [CheckpointStore(config.directory / "checkpoints").newest() for config in (actual, expected)]
+    progress = [checkpoint.metadata["progress"] for checkpoint in newest if checkpoint]
+    assert progress[0] == progress[1]
+    assert progress[0]["consumed_sequences"] == expected.train.steps * expected.train.global_batch_size
     assert scalars(actual, "train/loss") == scalars(expected, "train/loss")
     tensors = final_tensors(actual)
     for key, tensor in final_tensors(expected).items():

@@ -34,7 +34,7 @@ def test_a_killed_rank(cluster: Cluster, folder: Path, overrides: list[str], exp
     job.kill_rank(3)
     assert job.end() == "COMPLETED", job.log
     assert job.restarts == 1
-    assert "put back into the queue: it was stopped" in job.log
+    assert "requeue: put back into the queue: it " in job.log
     assert "complete at step 100" in job.log
     assert "preflight: 2 nodes alike" in job.log
     logs = {path.name for path in (job.config.directory / "slurm").iterdir()}

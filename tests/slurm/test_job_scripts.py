@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.slurm.cluster import Cluster
-from tests.slurm.jobs import CONFIG, ROOT, SCRIPT, TWO_BY_TWO, Job, shrunken, submit, wait_until
+from tests.slurm.jobs import CONFIG, ROOT, SCRIPT, TWO_BY_TWO, Job, python_that, shrunken, submit, wait_until
 from tests.tools.outcomes import assert_one_clear_error
 from tests.train.small_run import prepare_small_corpus
 
@@ -27,15 +27,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def overrides(folder: Path) -> list[str]:
     return shrunken(folder / "runs", prepare_small_corpus(folder))
-
-
-def python_that(folder: Path, behaviour: str) -> str:
-    """An environment whose Python does something else instead of training; planning and checks are the real ones."""
-    program = folder / behaviour.partition(" ")[0] / "bin" / "python"
-    program.parent.mkdir(parents=True, exist_ok=True)
-    program.write_text(f'#!/bin/bash\n[[ "$*" != *--launcher* ]] || {behaviour}\nexec {sys.executable} "$@"\n')
-    program.chmod(0o755)
-    return str(program.parent.parent)
 
 
 def error_of(job: Job) -> str:
@@ -181,7 +172,7 @@ def test_restarts_without_progress_end(cluster: Cluster, folder: Path, overrides
     run = folder / "runs" / "stuck"
     run.mkdir(parents=True)
     (run / "requeues.jsonl").write_text(NOTED * 3)
-    broken = python_that(folder, "exit 9")
+    broken = python_that(folder, "--launcher", "exit 9")
     job = submit(cluster, folder, overrides, name="stuck", SITE_VENV=broken, SITE_PREFLIGHT="0")
     assert job.end() == "FAILED", job.log
     assert job.restarts == 0
@@ -189,7 +180,7 @@ def test_restarts_without_progress_end(cluster: Cluster, folder: Path, overrides
 
 
 def test_a_cancelled_job_stays_cancelled(cluster: Cluster, folder: Path, overrides: list[str]) -> None:
-    waiting = python_that(folder, "sleep 600")
+    waiting = python_that(folder, "--launcher", "sleep 600")
     job = submit(cluster, folder, overrides, name="cancelled", SITE_VENV=waiting, SITE_PREFLIGHT="0")
     log = folder / "runs" / "cancelled" / "slurm" / f"{job.number}-0-node1.log"
     wait_until(log.exists, 30.0, lambda: job.log)
