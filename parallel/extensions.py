@@ -1,7 +1,8 @@
 """Where DeepSpeed's just-in-time C++ extensions are built, and the recovery from a build that was killed.
 
-torch guards a build with a file named ``lock`` that it keeps open and deletes at the end. A killed build leaves the
-file behind, and every later process would wait for it forever.
+torch guards each load with a file named ``lock`` that it keeps open and deletes at the end. A killed process leaves the
+file behind, and every later one would wait for it forever. So loads are serialized by a lock of the system, which dies
+with its process, also where processes cannot see each other, as in containers; whoever has it may clear the rest.
 """
 
 import fcntl
@@ -12,6 +13,8 @@ import shutil
 import sys
 import sysconfig
 import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
 
@@ -28,7 +31,7 @@ LOCAL_FILE_SYSTEMS = frozenset({"btrfs", "ext2", "ext3", "ext4", "overlay", "tmp
 
 
 def use_extension_cache() -> Path:
-    """Point torch at the project's extension cache, clear locks of killed builds, and let torch find ninja.
+    """Point torch at the project's extension cache, and let torch find ninja.
 
     Call it before DeepSpeed is imported. ``TORCH_EXTENSIONS_DIR`` wins if it is set already.
 
@@ -40,7 +43,6 @@ def use_extension_cache() -> Path:
     directory = Path(os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(default)))
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        clear_stale_locks(directory)
     except OSError as error:
         # A prebuilt cache on a read-only file system is still usable.
         if not directory.is_dir():
@@ -63,6 +65,42 @@ def check_communication_op() -> None:
         )
 
 
+def load_communication_op() -> str:
+    """Build DeepSpeed's shared-memory communication op if it is not there, and load it; DeepSpeed keeps it.
+
+    Returns:
+        What happened, in words.
+
+    Raises:
+        OSError: The cache cannot be written.
+        RuntimeError: The compiler failed.
+    """
+    directory = use_extension_cache()
+    from deepspeed.accelerator import get_accelerator
+
+    accelerator = get_accelerator()
+    if accelerator.device_name() != "cpu":
+        return f"nothing to build for the {accelerator.device_name()} accelerator"
+    builder = accelerator.create_op_builder("ShareMemCommBuilder")
+    if builder is None or not builder.is_compatible():
+        return "this platform uses gloo alone"
+    started = time.monotonic()
+    with one_at_a_time(directory):
+        builder.load(verbose=False)
+    return f"{builder.name} ready in {time.monotonic() - started:.0f} s"
+
+
+@contextmanager
+def one_at_a_time(directory: Path) -> Iterator[None]:
+    """Keeps other processes from loading, and clears the locks of killed ones first."""
+    with ExitStack() as stack:
+        with suppress(OSError):  # a read-only cache, or a file system without locks
+            guard = stack.enter_context(open(directory / ".loading", "w"))
+            fcntl.flock(guard, fcntl.LOCK_EX)
+            clear_stale_locks(directory)
+        yield
+
+
 def find_missing_tool() -> str | None:
     """Name of the first build tool that is not on the path, or None."""
     return next((tool for tool in BUILD_TOOLS if shutil.which(tool) is None), None)
@@ -77,12 +115,7 @@ def clear_stale_locks(directory: Path) -> list[Path]:
     Returns:
         The lock files that were removed.
     """
-    locks = sorted(directory.glob("*/lock"))
-    if not locks:
-        return []
-    with open(directory / ".cleanup", "w") as guard:
-        fcntl.flock(guard, fcntl.LOCK_EX)
-        return [lock for lock in locks if _remove_if_stale(lock)]
+    return [lock for lock in sorted(directory.glob("*/lock")) if _remove_if_stale(lock)]
 
 
 def _make_ninja_visible() -> None:

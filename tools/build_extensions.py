@@ -4,35 +4,11 @@ Usage: python tools/build_extensions.py
 """
 
 import sys
-import time
 from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from parallel.extensions import BUILD_TOOLS, find_missing_tool, use_extension_cache
-
-
-def build_communication_op() -> str:
-    """Build and load DeepSpeed's shared-memory communication op.
-
-    Returns:
-        What happened, in words.
-
-    Raises:
-        OSError: The cache cannot be written.
-        RuntimeError: The compiler failed.
-    """
-    from deepspeed.accelerator import get_accelerator
-
-    accelerator = get_accelerator()
-    if accelerator.device_name() != "cpu":
-        return f"nothing to build for the {accelerator.device_name()} accelerator"
-    builder = accelerator.create_op_builder("ShareMemCommBuilder")
-    if builder is None or not builder.is_compatible():
-        return "this platform uses gloo alone"
-    started = time.monotonic()
-    builder.load(verbose=False)
-    return f"{builder.name} ready in {time.monotonic() - started:.0f} s"
+from parallel.extensions import BUILD_TOOLS, find_missing_tool, load_communication_op, use_extension_cache
 
 
 def main() -> int:
@@ -43,7 +19,7 @@ def main() -> int:
         print(f"error: {tool} not found, needed to build DeepSpeed's CPU op: {BUILD_TOOLS[tool]}", file=sys.stderr)
         return 2
     try:
-        outcome = build_communication_op()
+        outcome = load_communication_op()
     except (OSError, RuntimeError) as error:
         print(f"error: building DeepSpeed's CPU op in {directory} failed: {error}", file=sys.stderr)
         return 2

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from parallel.config import ParallelConfig
-from parallel.extensions import use_extension_cache
+from parallel.extensions import load_communication_op, use_extension_cache
 from parallel.stage import Stage
 from parallel.topology import DeepSpeedTopology
 from train.config import OptimizerConfig
@@ -85,6 +85,7 @@ def build_engine(
     deepspeed.utils.logger.setLevel(logging.WARNING)
     # DeepSpeed prints memory use and the operators it loads, whatever the level of its log.
     with contextlib.redirect_stdout(io.StringIO()):
+        load_communication_op()
         engine, *_ = deepspeed.initialize(
             model=stage,
             optimizer=adamw(stage, optimizer),

@@ -47,9 +47,9 @@ class ValidationSet:
             batches = read_micro_batches(self.stream, 0, rows, compute_device())
             pairs = zip(rows, batches, strict=True)
             sums, request = agree(engine.evaluate([self._without_excess(*pair) for pair in pairs]), pending())
-            if request >= Request.STOP:
-                return None, request
             total += sums
+            if request >= Request.STOP and start + ROUNDS_PER_CALL < len(self._rows):
+                return None, request
         return mean_loss(total), request
 
     def _without_excess(self, rows: range, batch: MicroBatch) -> MicroBatch:

@@ -36,6 +36,33 @@ def test_a_lock_held_by_a_live_build_stays_and_goes_after_the_kill(tmp_path: Pat
     assert clear_stale_locks(tmp_path) == [lock]
 
 
+LOADING = """
+import os, sys, time
+from pathlib import Path
+from parallel.extensions import one_at_a_time
+directory = Path(sys.argv[1])
+for _ in range(20):
+    with one_at_a_time(directory):
+        lock = os.open(directory / "some_op" / "lock", os.O_CREAT | os.O_EXCL)
+        time.sleep(0.01)
+        os.close(lock)
+        os.remove(directory / "some_op" / "lock")
+"""
+
+
+def test_processes_that_cannot_see_each_other_do_not_remove_each_others_locks(tmp_path: Path) -> None:
+    """As in containers: each has a process namespace of its own."""
+    (tmp_path / "some_op").mkdir()
+    alone = ["unshare", "--pid", "--fork", "--mount-proc"]
+    if subprocess.run([*alone, "true"], capture_output=True).returncode:
+        alone = ["unshare", "--map-root-user", "--user", "--pid", "--fork", "--mount-proc"]
+    command = [*alone, sys.executable, "-c", LOADING, str(tmp_path)]
+    loaders = [subprocess.Popen(command, cwd=REPOSITORY_ROOT, stderr=subprocess.PIPE, text=True) for _ in range(3)]
+    for loader in loaders:
+        assert loader.communicate()[1] == ""
+        assert loader.returncode == 0
+
+
 def test_the_cache_lies_in_the_repository_unless_the_user_names_another(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
