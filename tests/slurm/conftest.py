@@ -1,5 +1,6 @@
 """Real Slurm clusters for the tests of this folder."""
 
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -11,6 +12,8 @@ from tests.slurm.cluster import Cluster, Shape, missing_programs
 
 
 def _start(shape: Shape) -> Iterator[Cluster]:
+    if os.geteuid() != 0:
+        pytest.skip("nodes with namespaces of their own need root")
     missing = missing_programs()
     assert not missing, f"{', '.join(missing)} not found: apt-get install slurmctld slurmd slurm-client munge"
     # Not below pytest's folder, which only its owner may enter.
