@@ -143,8 +143,9 @@ def measure_local_restart(arguments: argparse.Namespace) -> dict[str, Any]:
     """Kills a rank and gives the same command again as soon as it has ended."""
     settings = overrides(arguments, "restart", **{"train.stop_step": 40, "checkpoint.every": 2})
     folder = arguments.output / "restart"
-    process = subprocess.Popen(command(settings), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    wait_for_step(folder, 5)
+    with (arguments.output / "restart.log").open("wb") as log:
+        process = subprocess.Popen(command(settings), stdout=log, stderr=log)
+    wait_for_step(folder, 5, process)
     rank = list(_descendants(process.pid))[-1]
     killed = time.time()
     rank.send_signal(signal.SIGKILL)
@@ -189,14 +190,16 @@ def _descendants(pid: int) -> Iterator[psutil.Process]:
                 yield child
 
 
-def wait_for_step(folder: Path, step: int) -> None:
+def wait_for_step(folder: Path, step: int, process: subprocess.Popen[bytes] | None = None) -> None:
     """Waits until a run has done a step.
 
     Raises:
-        ConfigurationError: it has not in time.
+        ConfigurationError: it has not in time, or its process has ended.
     """
 
     def done() -> bool:
+        if process is not None and process.poll() is not None:
+            raise ConfigurationError(f"{folder.name} ended with status {process.returncode}; see {folder}.log")
         with suppress(OSError, ValueError):
             return bool(json.loads((folder / "progress.json").read_text())["step"] >= step)
         return False
