@@ -148,7 +148,7 @@ def _setup(configs: Sequence[RunConfig], site: SiteSettings) -> list[str]:
     """Lines of the batch script before the processes start.
 
     Slurm itself puts a job back after a preemption or a node's failure, but not after a status other than 0. The shell
-    must outlive a signal that is sent to it, too.
+    must outlive a signal that is sent to it, too. A restart waits until the processes before it have left the run.
     """
     # Slurm's commands, which the decision needs, are not in a container.
     python = "python3" if site.container else _python_in_job(site)
@@ -161,6 +161,7 @@ def _setup(configs: Sequence[RunConfig], site: SiteSettings) -> list[str]:
         "trap : USR1 USR2 TERM",
         f"trap 'status=$?; ((status == 0)) || {python} -m slurm.requeue \"$run\" $status; exit $status' EXIT",
         *setup,
+        '((${SLURM_RESTART_COUNT:-0} == 0)) || flock --shared --timeout 60 "$run/.lock" true',
         f'MASTER_PORT="$({python} -m slurm.rendezvous_port)"',
         "export MASTER_PORT",
     ]

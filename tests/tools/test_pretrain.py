@@ -14,7 +14,9 @@ import pytest
 import submitit
 import yaml
 
+import tools.pretrain
 from checkpoints.store import CheckpointStore
+from parallel.errors import ConfigurationError
 from slurm.local import run_submitit_task
 from tests.tools.outcomes import assert_one_clear_error
 from tests.train.small_run import prepare_small_corpus, small_run
@@ -86,6 +88,41 @@ def test_second_start_reports_completion_and_changes_nothing(finished: tuple[Pat
     assert result.returncode == 0
     assert "complete at step 14; nothing to do" in result.stdout
     assert {path: path.stat().st_mtime_ns for path in run_folder(config_file).rglob("*")} == before
+
+
+def test_a_sweep_without_slurm_runs_one_point_after_another(
+    finished: tuple[Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Points that are complete are left alone."""
+    config_file, _ = finished
+    (tmp_path / "again").mkdir()
+    shutil.copytree(run_folder(config_file), tmp_path / "again" / "small")
+    sweep = tmp_path / "points.yaml"
+    sweep.write_text(f"- {{run.name: small}}\n- {{run.name: small, run.root: {tmp_path}/again}}\n")
+    monkeypatch.setattr(sys, "argv", ["pretrain.py", str(config_file), "--sweep", str(sweep)])
+    assert tools.pretrain.main() == 0
+    told = "--- run small\nrun small is complete at step 14; nothing to do\n"
+    assert capsys.readouterr().out == told * 2
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--wait"], "--wait is for --launcher slurm"),
+        (["--at-once", "2", "--launcher", "slurm"], "--at-once is for --sweep"),
+        (["--at-once", "0", "--launcher", "slurm", "--sweep", "points.yaml"], "--at-once 0 is not a positive number"),
+        (["--sweep", "{points}", "--launcher", "inline"], "--sweep starts its runs itself"),
+    ],
+)
+def test_options_that_do_not_fit(
+    config_file: Path, tmp_path: Path, options: list[str], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    points = tmp_path / "points.yaml"
+    points.write_text("- {run.name: a}\n")
+    arguments = [option.format(points=points) for option in options]
+    monkeypatch.setattr(sys, "argv", ["pretrain.py", str(config_file), *arguments])
+    with pytest.raises(ConfigurationError, match=message):
+        tools.pretrain.main()
 
 
 def test_existing_run_with_another_config_is_refused(finished: tuple[Path, str]) -> None:
