@@ -12,6 +12,7 @@ SITE_VARIABLES=(SITE_ACCOUNT SITE_PARTITION SITE_QOS SITE_NODES SITE_GPUS_PER_NO
 USER_ERROR_STATUS=2
 PREFLIGHT_STATUS=3
 CONFLICT_STATUS=99
+LAST_SECONDS=30
 
 fail() {
   echo "error: $1" >&2
@@ -202,8 +203,8 @@ preflight() {
 
 train() {
   local status=0 errors
-  srun --kill-on-bad-exit=1 --label --open-mode=append --output="$logs-%N.log" \
-    "${container[@]}" "$python" "${command[@]}" "$@" --launcher inline || status=$?
+  timeout --kill-after=10 "$(seconds_left)" srun --kill-on-bad-exit=1 --label --open-mode=append \
+    --output="$logs-%N.log" "${container[@]}" "$python" "${command[@]}" "$@" --launcher inline || status=$?
   if ((status == 0)); then
     said_by_first_rank 1
     exit 0
@@ -219,6 +220,15 @@ train() {
   # Slurm puts a job back by itself after a preemption or a node's failure, but not after a status other than 0.
   requeue "$status"
   exit "$status"
+}
+
+# Until shortly before the time limit: ranks that hang then are ended, because Slurm does not put a job back that reached
+# its limit. 0: no limit.
+seconds_left() {
+  local end
+  end="$(date --date="$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%e)" +%s 2>/dev/null)" || end=0
+  end=$((end - LAST_SECONDS - $(date +%s)))
+  echo "$((end > 0 ? end : 0))"
 }
 
 # The last lines of rank 0, in the job's own log.

@@ -111,12 +111,18 @@ def wait_until(condition: Callable[[], bool], seconds: float, complaint: Callabl
 
 
 def submit(
-    cluster: Cluster, folder: Path, overrides: list[str], *options: str, name: str = "small", **environment: str
+    cluster: Cluster,
+    folder: Path,
+    overrides: list[str],
+    *options: str,
+    name: str = "small",
+    script: Path = SCRIPT,
+    **environment: str,
 ) -> Job:
-    """Submits slurm/pretrain_block_1b.sh to two nodes for two tasks on each."""
+    """Submits a job script to two nodes for two tasks on each."""
     log = folder / f"{name}-{time.monotonic_ns()}.log"
     values = {"RUN_NAME": name, "SITE_VENV": sys.prefix, "OMP_NUM_THREADS": "1", **environment}
-    command = ("sbatch", "--parsable", f"--output={log}", *TWO_BY_TWO, *options, SCRIPT.relative_to(ROOT), *overrides)
+    command = ("sbatch", "--parsable", f"--output={log}", *TWO_BY_TWO, *options, script.relative_to(ROOT), *overrides)
     number = cluster.run(*command, cwd=ROOT, **values).stdout.strip()
     return Job(cluster, number, log, name, overrides)
 

@@ -8,10 +8,13 @@ from pathlib import Path
 
 import pytest
 
+from checkpoints.store import CheckpointStore
 from tests.slurm.cluster import Cluster
 from tests.slurm.jobs import CONFIG, ROOT, SCRIPT, TWO_BY_TWO, Job, python_that, shrunken, submit, wait_until
 from tests.tools.outcomes import assert_one_clear_error
-from tests.train.small_run import prepare_small_corpus
+from tests.tools.vanilla_model import save_vanilla_model
+from tests.train.small_run import prepare_small_corpus, small_run
+from train.config_file import config_text
 
 SCRIPTS = sorted(path for path in (ROOT / "slurm").glob("*.sh") if not path.name.startswith("_"))
 # Everything that the scripts call, except Slurm's own programs.
@@ -189,6 +192,17 @@ def test_a_cancelled_job_stays_cancelled(cluster: Cluster, folder: Path, overrid
     assert job.restarts == 0
 
 
+@pytest.mark.whole
+def test_ranks_that_hang_at_the_time_limit(cluster: Cluster, folder: Path, overrides: list[str]) -> None:
+    deaf = python_that(folder, "--launcher", "{ trap '' TERM; sleep 600; }")
+    job = submit(cluster, folder, overrides, "--time=1", name="deaf", SITE_VENV=deaf, SITE_PREFLIGHT="0")
+    try:
+        wait_until(lambda: "put back into the queue" in job.log, 60.0, lambda: job.log)
+    finally:
+        cluster.run("scancel", job.number)
+    job.end()
+
+
 @pytest.mark.slow
 def test_a_run_of_another_architecture(cluster: Cluster, folder: Path, overrides: list[str]) -> None:
     run = folder / "runs" / "other"
@@ -197,3 +211,25 @@ def test_a_run_of_another_architecture(cluster: Cluster, folder: Path, overrides
     error = error_of(submit(cluster, folder, overrides, name="other", SITE_PREFLIGHT="0"))
     assert "run other exists in" in error
     assert "model.architecture is 'vanilla' there and 'block' here" in error
+
+
+@pytest.mark.whole
+def test_uptraining_in_stages(cluster: Cluster, folder: Path, overrides: list[str]) -> None:
+    shards = folder / "shards"
+    model = {"embedder": {"kind": "lookup_projection"}}
+    training = {"train": {"steps": 140}, "optimizer": {"warmup_steps": 1}, "model": model}
+    config = folder / "target.yaml"
+    config.write_text(config_text(small_run(folder / "runs", shards, "target", **training)))
+    environment = {"RUN_CONFIG": str(config), "VANILLA": str(save_vanilla_model(folder / "vanilla"))}
+    options, script = ["--block-lengths", "1,4"], ROOT / "slurm" / "uptrain.sh"
+    job = submit(cluster, folder, options, name="uptrained", script=script, **environment)
+    assert job.end() == "COMPLETED", job.log
+    first, last = folder / "runs" / "uptrained.blocks_of_1", folder / "runs" / "uptrained"
+    assert "run uptrained: complete at step 7" in job.log
+    assert [CheckpointStore(run / "checkpoints").complete_steps()[-1] for run in (first, last)] == [7, 7]
+    assert f"logs: {last}/slurm/{job.number}-0-NODE.log" in job.log
+
+
+def test_uptraining_needs_weights(cluster: Cluster, folder: Path) -> None:
+    job = submit(cluster, folder, [], script=ROOT / "slurm" / "uptrain.sh")
+    assert error_of(job).startswith("error: VANILLA is not set; give the folder of the vanilla weights: VANILLA=DIR")
