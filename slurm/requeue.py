@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 from slurm.identity import job_id
 from train.process import STOPPED_STATUS, USER_ERROR_STATUS
@@ -27,14 +28,14 @@ def newest_step(run: Path) -> int:
     return max((int(match[1]) for path in folders if (match := STEP_FOLDER.fullmatch(path.name))), default=0)
 
 
-def decide(run: Path, status: int) -> tuple[bool, str]:
+def decide(run: Path, status: int, job: str) -> tuple[bool, str]:
     """Whether to put the job back, and why or why not."""
     if status == 0:
         return False, "the run ended"
     if status == USER_ERROR_STATUS:
         return False, "the run ended with an error that a restart would meet again; its log names it"
     step = newest_step(run)
-    stuck = _without_progress(run, step)
+    stuck = _without_progress(run, step, job)
     if stuck >= MAXIMUM_WITHOUT_PROGRESS:
         return False, (
             f"{stuck} restarts in a row made no checkpoint after step {step}, and the last ended with status {status}; "
@@ -44,17 +45,17 @@ def decide(run: Path, status: int) -> tuple[bool, str]:
     return True, f"{cause} at step {step}"
 
 
-def _without_progress(run: Path, step: int) -> int:
-    """How many of the newest restarts began at this step."""
+def _without_progress(run: Path, step: int, job: str) -> int:
+    """How many of the newest restarts of this job began at this step; a new submission may try again."""
     count = 0
     for line in reversed(_recorded(run)):
-        if line["step"] != step:
+        if (line["step"], line["job"]) != (step, job):
             break
         count += 1
     return count
 
 
-def _recorded(run: Path) -> list[dict[str, int]]:
+def _recorded(run: Path) -> list[dict[str, Any]]:
     try:
         lines = (run / FILE).read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -74,7 +75,7 @@ def requeue(run: Path, status: int, job: str) -> str:
     Returns:
         What was done, and why.
     """
-    again, reason = decide(run, status)
+    again, reason = decide(run, status, job)
     if not again:
         return f"not put back into the queue: {reason}"
     state = subprocess.run(
@@ -85,7 +86,9 @@ def requeue(run: Path, status: int, job: str) -> str:
     run.mkdir(parents=True, exist_ok=True)
     with (run / FILE).open("a", encoding="utf-8") as file:
         file.write(json.dumps({"time": time.time(), "job": job, "status": status, "step": newest_step(run)}) + "\n")
-    subprocess.run(["scontrol", "requeue", job], check=True)
+    answer = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True, check=False)
+    if answer.returncode:
+        return f"not put back into the queue: Slurm refuses: {answer.stderr.strip()}"
     return f"put back into the queue: {reason}"
 
 

@@ -29,23 +29,24 @@ def checkpoint(run: Path, step: int) -> None:
 )
 def test_what_the_status_means(tmp_path: Path, status: int, again: bool, reason: str) -> None:
     checkpoint(tmp_path, 40)
-    decision, said = decide(tmp_path, status)
+    decision, said = decide(tmp_path, status, "1")
     assert decision is again
     assert reason in said
 
 
 def test_restarts_without_progress_are_capped(tmp_path: Path) -> None:
     assert newest_step(tmp_path) == 0
-    assert decide(tmp_path, 1)[0], "a run may fail before it has a folder"
+    assert decide(tmp_path, 1, "1")[0], "a run may fail before it has a folder"
     checkpoint(tmp_path, 40)
     note(tmp_path, *[40] * (MAXIMUM_WITHOUT_PROGRESS - 1))
-    assert decide(tmp_path, 1)[0]
+    assert decide(tmp_path, 1, "1")[0]
     note(tmp_path, 40)
-    again, reason = decide(tmp_path, 1)
+    again, reason = decide(tmp_path, 1, "1")
     assert not again
     assert "3 restarts in a row made no checkpoint after step 40" in reason
+    assert decide(tmp_path, 1, "2")[0], "somebody submitted it again"
     checkpoint(tmp_path, 50)
-    assert decide(tmp_path, 1)[0], "it got on"
+    assert decide(tmp_path, 1, "1")[0], "it got on"
     (tmp_path / "checkpoints" / "step_00000060.tmp-ab").mkdir()
     assert newest_step(tmp_path) == 50
 
@@ -54,4 +55,4 @@ def test_a_torn_record_does_not_matter(tmp_path: Path) -> None:
     note(tmp_path, 0, 0)
     with (tmp_path / FILE).open("a") as file:
         file.write('{"time": 1.0, "jo')
-    assert decide(tmp_path, 1)[0]
+    assert decide(tmp_path, 1, "1")[0]
