@@ -210,7 +210,7 @@ train() {
     exit 0
   fi
   # srun gives the highest status of all ranks: that of the killed ones, not that of the one that found the mistake.
-  errors="$(sed -n 's/^ *[0-9]*: error: /error: /p' "$logs"-*.log | sort -u | head -n 20)"
+  errors="$(errors_of_ranks)"
   if [[ -n "$errors" ]]; then
     echo "$errors" >&2
     status="$USER_ERROR_STATUS"
@@ -220,6 +220,12 @@ train() {
   # Slurm puts a job back by itself after a preemption or a node's failure, but not after a status other than 0.
   requeue "$status"
   exit "$status"
+}
+
+# What the ranks call errors, each once, whichever rank said it first.
+errors_of_ranks() {
+  sed -n 's/^ *[0-9]*: error: /error: /p' "$logs"-*.log |
+    awk '{ text = $0; sub(/^error: rank [0-9]+: /, "", text) } !said[text]++' | head -n 20
 }
 
 # Until shortly before the time limit: ranks that hang then are ended, because Slurm does not put a job back that reached

@@ -141,9 +141,9 @@ def run_config(overrides: list[str], name: str) -> RunConfig:
     return load_config(CONFIG, [*overrides, f"run.name={name}", "parallel.data=4"])
 
 
-def undisturbed(overrides: list[str]) -> RunConfig:
+def undisturbed(overrides: list[str], name: str = "undisturbed") -> RunConfig:
     """Makes the run once without Slurm and without disturbance."""
-    config = run_config(overrides, "undisturbed")
+    config = run_config(overrides, name)
     run(config)
     return config
 

@@ -7,6 +7,7 @@ import pytest
 from tests.slurm.cluster import Cluster
 from tests.slurm.jobs import assert_same_run, shrunken, submit, undisturbed, wait_until
 from tests.train.small_run import prepare_small_corpus
+from train.attempts import read_attempts
 from train.config import RunConfig
 
 STEPS, EVERY, DISTURBED = 100, 20, 40
@@ -79,23 +80,26 @@ def test_the_first_node_powered_off(cluster: Cluster, folder: Path, overrides: l
 
 @pytest.mark.whole
 def test_a_time_limit(cluster: Cluster, folder: Path) -> None:
-    """Two minutes, of which Slurm's warning leaves about one and a half."""
-    overrides = shrunken(folder / "runs", folder / "shards", steps=2000, every=500)
+    """Two minutes, of which Slurm's warning leaves about one."""
+    overrides = shrunken(folder / "runs", folder / "shards", steps=1000, every=250)
     overrides.append("stability.stop_before_end_seconds=0")
-    job = submit(cluster, folder, overrides, "--time=2", "--signal=TERM@30", name="limited")
+    job = submit(cluster, folder, overrides, "--time=2", "--signal=TERM@45", name="limited")
     assert job.end(900.0) == "COMPLETED", job.log
     assert job.restarts > 0
     assert "put back into the queue: it was stopped at step" in job.log
-    assert_same_run(job.config, undisturbed(overrides))
+    assert_same_run(job.config, undisturbed(overrides, "not_limited"))
 
 
 @pytest.mark.whole
-def test_two_jobs_of_one_run(cluster: Cluster, folder: Path, overrides: list[str], expected: RunConfig) -> None:
+def test_two_jobs_of_one_run(cluster: Cluster, folder: Path, overrides: list[str]) -> None:
     """One is refused and stays away; the other is not disturbed."""
-    jobs = [submit(cluster, folder, overrides, name="twice") for _ in range(2)]
-    ends = sorted(job.end() for job in jobs)
-    assert ends == ["COMPLETED", "FAILED"], [job.log for job in jobs]
-    refused = next(job for job in jobs if job.end() == "FAILED")
-    assert refused.restarts == 0
-    assert "run twice is being written by another job" in refused.log
-    assert_same_run(jobs[0].config, expected)
+    jobs = [submit(cluster, folder, [*overrides, "train.steps=10000"], name="twice") for _ in range(2)]
+    wait_until(lambda: "FAILED" in [job.cluster.state(job.number) for job in jobs], 180.0, lambda: jobs[0].log)
+    refused, writer = sorted(jobs, key=lambda job: job.cluster.state(job.number))
+    errors = [line for line in refused.log.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1
+    assert "run twice is being written by another job" in errors[0]
+    assert (refused.restarts, writer.restarts) == (0, 0)
+    assert len(read_attempts(writer.config.directory)) == 1
+    (writer.config.directory / "stop").touch()
+    assert writer.end() == "COMPLETED", writer.log
