@@ -271,7 +271,8 @@ class Trainer:
         """Says what is about to happen; the rank whose stack is not in a collective is the one that the others miss."""
         waited = f"{self.guard.timeout:g} s (stability.hang_timeout_seconds)"
         reason = f"no progress for {waited} after step {self.progress.step}"
-        print(f"error: rank {self.place.rank}: {reason}; the stacks of all its threads follow", file=sys.stderr)
+        # Not an "error:", by which the job scripts know what a restart would meet again.
+        print(f"hang: rank {self.place.rank}: {reason}; the stacks of all its threads follow", file=sys.stderr)
         self._note_end(reason)
 
     def _report_startup(self) -> None:

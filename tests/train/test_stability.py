@@ -233,7 +233,7 @@ def test_a_rank_that_sleeps_forever_ends_the_run_with_the_stacks_of_all(tmp_path
     assert time.monotonic() - started < 40
     waiting, sleeping = ((tmp_path / f"rank_{rank}.log").read_text() for rank in (0, 1))
     for rank, log in enumerate((waiting, sleeping)):
-        assert f"error: rank {rank}: no progress for 4 s (stability.hang_timeout_seconds) after step" in log
+        assert f"hang: rank {rank}: no progress for 4 s (stability.hang_timeout_seconds) after step" in log
         assert "(most recent call first)" in log
     assert "in sleeping_forever" in sleeping
     assert "in all_reduce" in waiting
