@@ -103,6 +103,12 @@ class Monitor:
             temporary.write_text(json.dumps(values), encoding="utf-8")
             temporary.replace(self._progress_file)
 
+    def restarted(self, step: int, attempt: int, reason: str) -> None:
+        """Tells why the attempt before ended."""
+        text = f"attempt {attempt}; the one before: {reason}"
+        self._writer.add_text("attempt", text, step)
+        self.say(text)
+
     def started(self, step: int, clock: StartupClock) -> None:
         """Records the time to an attempt's first step and its split."""
         self.record(step, {f"startup/{phase}_seconds": seconds for phase, seconds in clock.seconds.items()})

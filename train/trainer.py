@@ -136,8 +136,8 @@ class Trainer:
 
     def _new_attempt(self) -> AttemptRecord:
         before = read_attempts(self.directory.path)
-        if before:
-            print(f"attempt {len(before) + 1}; the one before: {before[-1].reason or UNKNOWN_END}", flush=True)
+        if before and self.monitor is not None:
+            self.monitor.restarted(self._first_step, len(before) + 1, before[-1].reason or UNKNOWN_END)
         return AttemptRecord(self.config, self.progress.step, code_version())
 
     def _note_end(self, reason: str) -> None:

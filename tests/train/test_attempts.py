@@ -64,6 +64,8 @@ def test_the_time_to_the_first_step_is_in_tensorboard(history: RunConfig) -> Non
     firsts = [attempt.step + 1 for attempt in read_attempts(history.directory)]
     for phase in ("checkpoint", "first_batch", "first_step", "total"):
         assert [event.step for event in events.Scalars(f"startup/{phase}_seconds")] == firsts
+    reasons = [event.tensor_proto.string_val[0].decode() for event in events.Tensors("attempt/text_summary")]
+    assert reasons == ["attempt 2; the one before: stopped: SIGUSR1", f"attempt 3; the one before: {UNKNOWN_END}"]
 
 
 def test_event_files_are_in_the_order_of_the_attempts(history: RunConfig) -> None:
