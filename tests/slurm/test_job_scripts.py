@@ -19,7 +19,7 @@ from train.config_file import config_text
 SCRIPTS = sorted(path for path in (ROOT / "slurm").glob("*.sh") if not path.name.startswith("_"))
 # Everything that the scripts call, except Slurm's own programs.
 PROGRAMS = ("bash", "env", "dirname", "basename", "sed", "tail", "git")
-NOTED = '{"time": 0.0, "job": "41", "status": 1, "step": 0}\n'
+NOTED = '{{"time": 0.0, "job": "{job}", "status": 1, "step": 0}}\n'
 
 
 @pytest.fixture(scope="module")
@@ -174,9 +174,10 @@ def test_values_that_sbatch_does_not_read(cluster: Cluster, folder: Path, overri
 def test_restarts_without_progress_end(cluster: Cluster, folder: Path, overrides: list[str]) -> None:
     run = folder / "runs" / "stuck"
     run.mkdir(parents=True)
-    (run / "requeues.jsonl").write_text(NOTED * 3)
     broken = python_that(folder, "--launcher", "exit 9")
-    job = submit(cluster, folder, overrides, name="stuck", SITE_VENV=broken, SITE_PREFLIGHT="0")
+    job = submit(cluster, folder, overrides, "--hold", name="stuck", SITE_VENV=broken, SITE_PREFLIGHT="0")
+    (run / "requeues.jsonl").write_text(NOTED.format(job=job.number) * 3)
+    cluster.run("scontrol", "release", job.number)
     assert job.end() == "FAILED", job.log
     assert job.restarts == 0
     assert "3 restarts in a row made no checkpoint after step 0, and the last ended with status 9" in job.log

@@ -1,10 +1,13 @@
 """When a job is put back into the queue; what Slurm does with it is tested where there is one."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+import slurm.requeue
 from slurm.requeue import FILE, MAXIMUM_WITHOUT_PROGRESS, decide, newest_step
 
 
@@ -56,3 +59,9 @@ def test_a_torn_record_does_not_matter(tmp_path: Path) -> None:
     with (tmp_path / FILE).open("a") as file:
         file.write('{"time": 1.0, "jo')
     assert decide(tmp_path, 1, "1")[0]
+
+
+def test_the_decision_needs_no_packages() -> None:
+    """Outside a container there may be none."""
+    modules = "import sys; sys.path.insert(0, '.'); import slurm.requeue, slurm.rendezvous_port"
+    subprocess.run([sys.executable, "-I", "-S", "-c", modules], cwd=Path(slurm.requeue.__file__).parents[1], check=True)

@@ -11,14 +11,16 @@ from slurm.site import SITE_FILE, SiteSettings, read_site
 @pytest.fixture
 def file(tmp_path: Path) -> Path:
     path = tmp_path / "site.conf"
-    path.write_text("# Our cluster.\nSITE_PARTITION=gpu\nSITE_QOS=\n\nSITE_GPUS_PER_NODE=8\nRUN_NAME=of_the_scripts\n")
+    path.write_text(
+        "# Our cluster.\n SITE_PARTITION='gpu' # the fast one\nSITE_QOS=\n\nSITE_GPUS_PER_NODE=8\nRUN_NAME=of_scripts\n"
+    )
     return path
 
 
 def test_the_environment_wins_over_the_file(file: Path) -> None:
     assert read_site({}, file) == SiteSettings(partition="gpu", gpus_per_node=8)
     found = read_site({"SITE_PARTITION": "", "SITE_TIME": "1-00:00:00", "SITE_VENV": "env", "OTHER": "1"}, file)
-    assert found == SiteSettings(gpus_per_node=8, time="1-00:00:00", venv=Path("env"))
+    assert found == SiteSettings(partition="gpu", gpus_per_node=8, time="1-00:00:00", venv=Path("env"))
     assert read_site({}, file.parent / "absent") == SiteSettings()
 
 
