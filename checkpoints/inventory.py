@@ -97,11 +97,12 @@ def prune(run: Path, keep_last: int, keep_every: int | None, dry_run: bool) -> s
         dry_run: only say which.
 
     Raises:
-        CheckpointError: a number is too small.
+        CheckpointError: a number is too small, or no checkpoint is intact.
     """
     if keep_last < 1 or (keep_every is not None and keep_every < 1):
         raise CheckpointError(f"--keep {keep_last} and --keep-every {keep_every} must be at least 1")
     store = _store(run, keep_last, keep_every)
+    store.newest()  # an intact one must stay: those found damaged on the way to it do not count
     retired = store.retirable() if dry_run else store.prune()
     store.wait()
     listed = ", ".join(map(str, retired)) or "none"

@@ -59,7 +59,8 @@ def read_attempts(folder: Path) -> list[Attempt]:
     attempts: dict[int, dict[str, Any]] = {}
     for line in _lines(folder / FILE):
         attempts.setdefault(line["number"], {}).update(line)
-    return [Attempt(**values) for _, values in sorted(attempts.items())]
+    # A full disk may have swallowed an attempt's first line.
+    return [Attempt(**values) for _, values in sorted(attempts.items()) if "started" in values]
 
 
 def _lines(path: Path) -> Iterator[dict[str, Any]]:
@@ -87,7 +88,7 @@ class AttemptRecord:
         folder = config.directory
         self._path = folder / FILE
         self._has_ended = False
-        self._number = len(read_attempts(folder)) + 1
+        self._number = max((line["number"] for line in _lines(self._path)), default=0) + 1
         with suppress(OSError):
             (folder / CONFIGS).mkdir(exist_ok=True)
             (folder / CONFIGS / f"{self._number:04d}.yaml").write_text(config_text(config), encoding="utf-8")
@@ -114,7 +115,9 @@ class AttemptRecord:
         self._append({"number": self._number, "ended": time.time(), "end_step": step, "reason": reason})
 
     def _append(self, line: dict[str, Any]) -> None:
-        with suppress(OSError), self._path.open("a", encoding="utf-8") as file:  # the history is not worth a run
-            file.write(json.dumps(line) + "\n")
+        with suppress(OSError), self._path.open("a+", encoding="utf-8") as file:  # the history is not worth a run
+            file.seek(0)
+            is_torn = not ("\n" + file.read()).endswith("\n")
+            file.write("\n" * is_torn + json.dumps(line) + "\n")
             file.flush()
             os.fsync(file.fileno())

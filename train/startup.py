@@ -3,8 +3,6 @@
 import time
 from dataclasses import dataclass
 
-import psutil
-
 
 @dataclass(frozen=True)
 class JobTimes:
@@ -29,6 +27,8 @@ class StartupClock:
     """
 
     def __init__(self, job: JobTimes = JobTimes()) -> None:
+        import psutil  # not where slurm/requeue.py may run: outside a container
+
         self._last = psutil.Process().create_time()
         self.seconds: dict[str, float] = {}
         if job.submitted is not None and job.started is not None:

@@ -14,7 +14,7 @@ from parallel.errors import ConfigurationError
 from parallel.topology import initialize_topology
 from tests.processes import run_processes
 from tests.train.small_run import prepare_small_corpus, small_run
-from train.attempts import FILE, UNKNOWN_END, read_attempts
+from train.attempts import FILE, UNKNOWN_END, AttemptRecord, read_attempts
 from train.config import RunConfig
 from train.config_file import recorded_config
 from train.requests import Requests
@@ -98,6 +98,23 @@ def test_status_of_a_run_that_was_killed(tmp_path: Path, history: RunConfig) -> 
         read_status(tmp_path)
 
 
+def test_what_a_full_disk_leaves_of_the_history_does_not_keep_a_run_from_starting(tmp_path: Path) -> None:
+    config = small_run(tmp_path, tmp_path)
+    config.directory.mkdir(parents=True)
+    (config.directory / FILE).write_text(
+        '{"number": 1, "ended": 1.0, "reason": "its start is missing"}\n{"number": 2, "t'
+    )
+    AttemptRecord(config, 3, "version").end(5, "complete")
+    (attempt,) = read_attempts(config.directory)
+    assert (attempt.number, attempt.step, attempt.reason) == (2, 3, "complete")
+
+
+def damage(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+
+
 def test_checkpoints_are_listed_verified_explained_and_pruned(history: RunConfig) -> None:
     run = history.directory
     assert "step 14: " in list_checkpoints(run)
@@ -107,10 +124,7 @@ def test_checkpoints_are_listed_verified_explained_and_pruned(history: RunConfig
     explained = explain(run)
     assert "as exp_avg, exp_avg_sq, weight" in explained
     assert "'zero_stage': 1" in explained
-    damaged = run / "checkpoints" / "step_00000012" / "rank_00001.safetensors"
-    content = bytearray(damaged.read_bytes())
-    content[-1] ^= 1
-    damaged.write_bytes(content)
+    damage(run / "checkpoints" / "step_00000012" / "rank_00001.safetensors")
     report, intact = verify(run, 12)
     assert not intact
     assert "step 12: damaged: " in report
@@ -118,6 +132,8 @@ def test_checkpoints_are_listed_verified_explained_and_pruned(history: RunConfig
     assert "would delete steps: " in before
     assert prune(run, 1, 6, dry_run=False) == before.replace("would delete", "deleted")
     assert "step 9:" not in list_checkpoints(run)
+    damage(run / "checkpoints" / "step_00000014" / "rank_00001.safetensors")
+    assert prune(run, 1, None, dry_run=False) == "deleted steps: none", "the only intact one stays"
     with pytest.raises(CheckpointError, match="no checkpoint of step 3"):
         verify(run, 3)
     with pytest.raises(CheckpointError, match="--keep 0"):
