@@ -15,7 +15,7 @@ SITE_FILE = Path(__file__).resolve().parent / "site.conf"
 PREFIX = "SITE_"
 LINE = re.compile(r"(\w+)=(.*)")
 # What only the job scripts use; a job from Python has its own ways to say it.
-OF_SCRIPTS = frozenset({"SITE_PREFLIGHT", "SITE_MIN_ALLREDUCE_GBPS", "RUN_NAME", "RUN_CONFIG", "VANILLA"})
+OF_SCRIPTS = frozenset({"SITE_PREFLIGHT", "SITE_MIN_ALLREDUCE_GBPS", "RUN_NAME", "RUN_CONFIG"})
 # Slurm's own ways to write a time limit: minutes, m:s, h:m:s, d-h, d-h:m, d-h:m:s.
 TIME = re.compile(r"(?:(?P<days>\d+)-(?P<of_day>\d+(?::\d+){0,2})|(?P<plain>\d+(?::\d+){0,2}))")
 
@@ -71,7 +71,7 @@ def read_site(environment: Mapping[str, str], path: Path = SITE_FILE) -> SiteSet
 
     Args:
         environment: variables such as SITE_PARTITION; an empty one counts as not set.
-        path: a file of lines such as SITE_PARTITION=gpu, which may be missing; lines with # are comments.
+        path: a file of lines such as SITE_PARTITION=gpu, which may be missing; # begins a comment, quotes are dropped.
 
     Raises:
         ConfigurationError: a line, a name or a value is not allowed.
@@ -81,7 +81,7 @@ def read_site(environment: Mapping[str, str], path: Path = SITE_FILE) -> SiteSet
     unknown = sorted(values.keys() - names.keys() - OF_SCRIPTS)
     if unknown:
         raise ConfigurationError(f"{path}: unknown name {unknown[0]}; slurm/site.conf.example describes the known ones")
-    values |= {name: environment[name] for name in names if name in environment}
+    values |= {name: environment[name] for name in names if environment.get(name)}
     try:
         return SiteSettings.model_validate(
             {names[name]: value for name, value in values.items() if name in names and value}
@@ -102,10 +102,11 @@ def _read_file(path: Path) -> dict[str, str]:
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigurationError(f"{path} cannot be read: {error}") from None
     for number, line in enumerate(lines, start=1):
-        if not line.strip() or line.lstrip().startswith("#"):
+        text = line.partition("#")[0].strip()
+        if not text:
             continue
-        match = LINE.fullmatch(line)
+        match = LINE.fullmatch(text)
         if match is None:
-            raise ConfigurationError(f"{path}, line {number}: {line.strip()!r} is not NAME=VALUE")
-        values[match[1]] = match[2]
+            raise ConfigurationError(f"{path}, line {number}: {text!r} is not NAME=VALUE")
+        values[match[1]] = match[2].replace('"', "").replace("'", "")
     return values
