@@ -4,9 +4,11 @@ The place is anything that fsspec opens: a folder, `s3://bucket/folder` with s3f
 manifest is written last, so that a copy without one is unfinished: object stores cannot rename folders.
 """
 
+import secrets
 import shutil
 import threading
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -35,13 +37,19 @@ class SecondLevel:
             raise CheckpointError(f"checkpoint.copy_to={place} cannot be opened: {error}") from error
 
     def steps(self) -> list[int]:
-        """Steps whose copies are complete, ascending."""
+        """Steps whose copies are complete, ascending.
+
+        Raises:
+            CheckpointError: the place refuses.
+        """
         try:
             names = [Path(entry).name for entry in self._files.ls(self._root, detail=False)]
+            steps = [int(match[1]) for name in names if (match := STEP_NAME.fullmatch(name))]
+            return sorted(step for step in steps if self._files.exists(f"{self._path(step)}/{MANIFEST}"))
         except FileNotFoundError:
             return []
-        steps = [int(match[1]) for name in names if (match := STEP_NAME.fullmatch(name))]
-        return sorted(step for step in steps if self._files.exists(f"{self._path(step)}/{MANIFEST}"))
+        except Exception as error:  # every kind of store has its own
+            raise CheckpointError(f"cannot list checkpoint.copy_to={self.place}: {error}") from error
 
     def put(self, checkpoint: Path, keep: Iterable[int]) -> None:
         """Copies a published checkpoint and deletes the copies of steps that are not to be kept.
@@ -67,7 +75,7 @@ class SecondLevel:
             raise CheckpointError(f"cannot copy {checkpoint} to {self.place}: {error}") from error
 
     def fetch_newest(self, checkpoints: Path) -> Path | None:
-        """Brings the newest complete copy back.
+        """Brings the newest complete copy back, in place of a damaged checkpoint of its step.
 
         Args:
             checkpoints: the run's own folder of step directories.
@@ -91,6 +99,8 @@ class SecondLevel:
         except Exception as error:  # every kind of store has its own
             raise CheckpointError(f"cannot fetch step {steps[-1]} from {self.place}: {error}") from error
         verify_checkpoint(temporary)
+        with suppress(FileNotFoundError):  # one that is there is damaged; the next save deletes it
+            target.rename(target.with_name(f"{target.name}.deleted-{secrets.token_hex(8)}"))
         return temporary.rename(target)
 
     def _path(self, step: int) -> str:

@@ -50,6 +50,17 @@ def test_an_unfinished_or_damaged_copy_is_not_used(tmp_path: Path, second_level:
     assert CheckpointStore(tmp_path / "elsewhere").newest() is None
 
 
+def test_a_copy_takes_the_place_of_a_damaged_checkpoint(tmp_path: Path, second_level: SecondLevel) -> None:
+    store = CheckpointStore(tmp_path / "first")
+    second_level.put(save(store, 1), store.kept())
+    (tmp_path / "first" / "step_00000001" / "rank_00000.safetensors").unlink()
+    assert store.complete_steps() == []
+    fetched = second_level.fetch_newest(tmp_path / "first")
+    assert fetched is not None
+    assert_holds(fetched, 1)
+    assert store.complete_steps() == [1]
+
+
 def test_what_goes_wrong_is_said_and_training_goes_on(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     copies = BackgroundCopies(SecondLevel(str(tmp_path / "file")))
@@ -59,6 +70,8 @@ def test_what_goes_wrong_is_said_and_training_goes_on(tmp_path: Path) -> None:
     (problem,) = copies.problems()
     assert problem.startswith("cannot copy ")
     assert copies.problems() == []
+    with pytest.raises(CheckpointError, match=r"cannot list checkpoint\.copy_to="):
+        SecondLevel(str(tmp_path / "file" / "run")).steps()
     with pytest.raises(CheckpointError, match="copy_to=nonsense://x cannot be opened"):
         SecondLevel("nonsense://x")
 
