@@ -61,14 +61,14 @@ class FinishedSave:
         path: the step directory; None if it was not published.
         blocked_seconds: how long training waited for it.
         seconds: from the beginning to the publication.
-        error: why it was not published.
+        error: why it was not published; a CheckpointError if a restart would meet it again, others if a rank was lost.
     """
 
     step: int
     path: Path | None
     blocked_seconds: float
     seconds: float
-    error: CheckpointError | None = None
+    error: Exception | None = None
 
 
 class RunCheckpoints:
@@ -87,6 +87,7 @@ class RunCheckpoints:
         self._group = torch.distributed.new_group(backend="gloo")
         self._thread: threading.Thread | None = None
         self._finished: list[FinishedSave] = []
+        self._has_failed = False
 
     def newest(self) -> LoadedCheckpoint | None:
         """The newest intact checkpoint, found and verified by rank 0; fetched if the second place has a newer one.
@@ -97,41 +98,47 @@ class RunCheckpoints:
         return on_rank_zero(self._newest)
 
     def _newest(self) -> LoadedCheckpoint | None:
-        copied = self._copies.newest_step() if self._copies else None
-        if self._copies is None or copied is None:
-            return self.store.newest()
         steps = self.store.complete_steps()
-        if not steps or steps[-1] < copied:
-            print(f"fetching the checkpoint of step {copied} from {self._copies.place}", flush=True)
-            self._copies.fetch_newest(self.store.root)
+        try:
+            copied = self._copies.newest_step() if self._copies else None
+            if self._copies and copied is not None and (not steps or steps[-1] < copied):
+                print(f"fetching the checkpoint of step {copied} from {self._copies.place}", flush=True)
+                self._copies.fetch_newest(self.store.root)
+        except CheckpointError as error:
+            if not steps:
+                raise
+            print(f"warning: {error}; going on from the run's own checkpoints", flush=True)
         return self.store.newest()
 
     def save(self, engine: Any, progress: Progress) -> None:
         """Begins a checkpoint; it becomes visible when all ranks have written their part.
+
+        After one that failed it is waited for, so that all ranks know at the same step whether it failed again.
 
         Raises:
             CheckpointError: on all ranks, if it cannot be begun; older checkpoints are untouched.
         """
         started = time.perf_counter()
         self.wait()
+        asynchronous = self.config.checkpoint.asynchronous and not self._has_failed
         temporary = on_rank_zero(lambda: self.store.begin(progress.step))
         fragments = engine_fragments(engine)
-        if self.config.checkpoint.asynchronous:
+        if asynchronous:
             fragments = self._host_copies.copy(fragments)
         blocked = time.perf_counter() - started
 
         def finish() -> None:
-            error, path = None, None
+            error: Exception | None = None
+            path = None
             try:
                 path = self._write_all(fragments, temporary, progress)
-            except CheckpointError as raised:
-                error = raised
             except Exception as raised:  # a thread's error would be lost otherwise
-                error = CheckpointError(f"saving was interrupted: {type(raised).__name__}: {raised}")
+                error = raised
             seconds = time.perf_counter() - started
+            self._has_failed = error is not None
             self._finished.append(FinishedSave(progress.step, path, blocked, seconds, error))
 
-        if not self.config.checkpoint.asynchronous:
+        if not asynchronous:
             finish()
             self._finished[-1] = replace(self._finished[-1], blocked_seconds=self._finished[-1].seconds)
             return

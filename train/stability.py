@@ -32,6 +32,7 @@ class LossWatch:
         self.config = config
         self._recent: deque[float] = deque(maxlen=config.spike_window)
         self._roll_backs = 0
+        self._spike_step = 0
 
     def judge(self, loss: MeanLoss) -> tuple[Verdict, str | None]:
         """Decides on a step from its loss.
@@ -67,19 +68,21 @@ class LossWatch:
         """Counts a return to the newest checkpoint.
 
         Raises:
-            ConfigurationError: too many without a new checkpoint.
+            ConfigurationError: too many without a checkpoint past the spike.
         """
         self._recent.clear()
         self._roll_backs += 1
+        self._spike_step = step
         if self._roll_backs > MAX_ROLL_BACKS:
             raise ConfigurationError(
-                f"the run rolled back {MAX_ROLL_BACKS} times since its newest checkpoint, and at step {step} again "
-                f"{reason}; {ADVICE}"
+                f"the run rolled back {MAX_ROLL_BACKS} times without a checkpoint past the spike, and at step {step} "
+                f"again {reason}; {ADVICE}"
             )
 
-    def saved(self) -> None:
-        """A checkpoint has been written: the run got on."""
-        self._roll_backs = 0
+    def saved(self, step: int) -> None:
+        """A checkpoint has been written: if it lies past the spike, the run got on."""
+        if step >= self._spike_step:
+            self._roll_backs = 0
 
     def _spike(self, loss: float) -> str | None:
         """What makes this loss a spike: it lies far above the recent ones."""

@@ -123,16 +123,17 @@ class Trainer:
             self._close()
 
     def _loop(self) -> Outcome:
-        self._make_up_validation()
-        while self.progress.step < self.config.train.last_step:
+        request = self._make_up_validation()
+        while request < Request.STOP and self.progress.step < self.config.train.last_step:
             request = self._step()
             request = max(request, self._validate_if_due())
-            reason = self.requests.reason(request)
             self._save_if_due(request)
-            if request >= Request.STOP:
-                ending = Ending.ENDED if request is Request.END else Ending.STOPPED
-                return Outcome(ending, self.progress.step, reason)
-        return Outcome(Ending.COMPLETE, self.progress.step)
+        if request < Request.STOP:
+            return Outcome(Ending.COMPLETE, self.progress.step)
+        reason = self.requests.reason(request)
+        self.requests.done(request)
+        ending = Ending.ENDED if request is Request.END else Ending.STOPPED
+        return Outcome(ending, self.progress.step, reason)
 
     def _new_attempt(self) -> AttemptRecord:
         before = read_attempts(self.directory.path)
@@ -243,6 +244,7 @@ class Trainer:
             consumed_sequences=position + self.config.train.global_batch_size,
             skipped_steps=self.progress.skipped_steps + skipped,
             skipped_in_a_row=self.progress.skipped_in_a_row + 1 if skipped else 0,
+            validation_due=False,
         )
 
     def _roll_back(self, position: int, problem: str) -> None:
@@ -281,12 +283,15 @@ class Trainer:
             self.monitor.started(self._first_step, self.clock)
             self.attempt.first_step_done(self.clock.seconds)
 
-    def _make_up_validation(self) -> None:
+    def _make_up_validation(self) -> Request:
         """Does the validation that the attempt before was stopped in, and notes that it is done."""
-        if self.progress.validation_due:
-            self._validate()
+        if not self.progress.validation_due:
+            return Request.NONE
+        request = self._validate()
+        if not self.progress.validation_due:
             self._save()
             self.checkpoints.wait()
+        return request
 
     def _validate_if_due(self) -> Request:
         step, every = self.progress.step, self.config.validation.every
@@ -299,11 +304,16 @@ class Trainer:
         if self.validation is None:
             return Request.NONE
         self.guard.progress()
-        loss, request = self.validation.loss(self.engine, self.requests.pending)
+        loss, request = self.validation.loss(self.engine, self._pending)
         self.progress = replace(self.progress, validation_due=loss is None)
         if self.monitor is not None and loss is not None:
             self.monitor.validation(self.progress.step, loss)
         return request
+
+    def _pending(self) -> Request:
+        """What this rank is asked for; each part of a long validation is progress."""
+        self.guard.progress()
+        return self.requests.pending()
 
     def _save_if_due(self, request: Request) -> None:
         step = self.progress.step
@@ -312,7 +322,8 @@ class Trainer:
         if step % self.config.checkpoint.every and request is Request.NONE and not last:
             return
         self._save()
-        self.requests.done(request)
+        if request is Request.SAVE:
+            self.requests.done(request)
         if last:
             self.checkpoints.wait()
             self._review_saves(must_succeed=True)
@@ -335,7 +346,7 @@ class Trainer:
         if self.monitor is not None:
             self.monitor.flush()
         self.checkpoints.save(self.engine.engine, self.progress)
-        self.watch.saved()
+        self.watch.saved(self.progress.step)
 
     def _close(self) -> None:
         if self.monitor is not None:

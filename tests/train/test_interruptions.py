@@ -1,5 +1,6 @@
-"""Signals at awkward moments: in the middle of a validation, and again and again during a save."""
+"""Signals in the middle of a validation and again and again during a save; saves that fail or lose a rank."""
 
+import errno
 import os
 import signal
 import sys
@@ -10,11 +11,13 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from checkpoints.errors import CheckpointError
 from checkpoints.fragments import FragmentReader
 from checkpoints.store import CheckpointStore
 from parallel.topology import initialize_topology
 from tests.processes import run_processes
 from tests.train.small_run import prepare_small_corpus, small_run
+from train.attempts import read_attempts
 from train.config import RunConfig
 from train.requests import Requests
 from train.stop_signals import SIGNALS, StopSignals
@@ -80,6 +83,32 @@ def _signalled_during_saves(config: RunConfig) -> tuple[str, int]:
     return outcome.ending.name, outcome.step
 
 
+def _killed_in_the_last_save(config: RunConfig) -> None:
+    """Rank 1 is killed when it writes its part of the last checkpoint."""
+    trainer = make_trainer(config)
+
+    def on_event(event: str, arguments: tuple[Any, ...]) -> None:
+        if trainer.place.rank == 1 and "step_00000014.tmp" in str(arguments[:1]):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(on_event)
+    trainer.run()
+
+
+def _with_a_disk_that_fills(config: RunConfig) -> tuple[str, int]:
+    """Rank 1 can write no checkpoint."""
+    trainer = make_trainer(config)
+
+    def on_event(event: str, arguments: tuple[Any, ...]) -> None:
+        if trainer.place.rank == 1 and "rank_00001.safetensors" in str(arguments[:1]):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    sys.addaudithook(on_event)
+    with pytest.raises(CheckpointError, match="No space left on device; free space"):
+        trainer.run()
+    return "failed", trainer.progress.step
+
+
 def points(config: RunConfig, tag: str) -> list[tuple[int, float]]:
     events = EventAccumulator(str(config.directory / "tensorboard"))
     events.Reload()
@@ -99,10 +128,24 @@ def test_nothing_is_lost_or_torn(tmp_path: Path, shards: Path, interruption: Any
     undisturbed = small_run(tmp_path, shards, "undisturbed", **sections)
     run_processes(2, _train, undisturbed)
     config = small_run(tmp_path, shards, "interrupted", **sections)
-    stopped = set(run_processes(2, interruption, config))
-    assert stopped in ({("STOPPED", 4)}, {("STOPPED", 5)})
+    for _ in range(2 if interruption is _stopped_in_validation else 1):  # the making up is stopped, too
+        stopped = set(run_processes(2, interruption, config))
+        assert stopped in ({("STOPPED", 4)}, {("STOPPED", 5)})
     assert set(run_processes(2, _train, config)) == {("COMPLETE", 14)}
     expected, actual = weights(undisturbed), weights(config)
     assert all(torch.equal(actual[name], expected[name]) for name in expected)
     for tag in ("train/loss", "validation/loss", "progress/sequences"):
         assert points(config, tag) == points(undisturbed, tag)
+
+
+def test_a_rank_lost_in_the_last_save_is_no_mistake_of_the_user(tmp_path: Path, shards: Path) -> None:
+    """A mistake's status would keep the job from being put back into the queue."""
+    config = small_run(tmp_path, shards, checkpoint={"every": 6})
+    run_processes(2, _killed_in_the_last_save, config, may_die=True)
+    assert str(read_attempts(config.directory)[-1].reason).startswith("RuntimeError: ")
+    assert set(run_processes(2, _train, config)) == {("COMPLETE", 14)}
+
+
+def test_all_ranks_leave_at_the_same_step_when_a_second_save_fails(tmp_path: Path, shards: Path) -> None:
+    config = small_run(tmp_path, shards)
+    assert set(run_processes(2, _with_a_disk_that_fills, config)) == {("failed", 7)}

@@ -27,7 +27,7 @@ from train.metrics import MeanLoss
 from train.requests import Request, Requests
 from train.selftest import OPTIMIZER, _gather_whole, selftest_batch
 from train.selftest_models import MODELS
-from train.stability import LossWatch, Verdict
+from train.stability import MAX_ROLL_BACKS, LossWatch, Verdict
 from train.step import StepEngine
 from train.stop_signals import StopSignals
 from train.trainer import Trainer
@@ -143,6 +143,17 @@ def test_verdicts() -> None:
     assert judged("roll_back", 3.0)[0] is Verdict.ROLL_BACK
     assert judged("warn", math.inf)[0] is Verdict.SKIP
     assert LossWatch(StabilityConfig()).judge(MeanLoss(math.nan, (), 0)) == (Verdict.APPLY, None)
+
+
+def test_roll_backs_are_capped_until_a_checkpoint_lies_past_the_spike() -> None:
+    watch = LossWatch(StabilityConfig())
+    for _ in range(MAX_ROLL_BACKS):
+        watch.rolled_back(15, "it jumped")
+        watch.saved(12)  # where it rolled back to
+    with pytest.raises(ConfigurationError, match=r"rolled back 3 times .* at step 15 again it jumped"):
+        watch.rolled_back(15, "it jumped")
+    watch.saved(16)
+    watch.rolled_back(18, "it jumped")
 
 
 def multiply_loss(trainer: Trainer) -> None:
