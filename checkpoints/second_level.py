@@ -116,11 +116,14 @@ class SecondLevel:
 
 
 class BackgroundCopies:
-    """Copies in a thread, one at a time: a checkpoint that is published while one is under way is passed over."""
+    """Copies in a thread, one at a time; the newest of those published meanwhile comes next, others are left out."""
 
     def __init__(self, second_level: SecondLevel) -> None:
         self._second_level = second_level
         self._thread: threading.Thread | None = None
+        self._lock = threading.Lock()
+        self._next: tuple[Path, int, CheckpointStore] | None = None
+        self._is_copying = False
         self._problems: list[str] = []
 
     @property
@@ -138,15 +141,26 @@ class BackgroundCopies:
 
     def start(self, checkpoint: Path, store: CheckpointStore) -> None:
         """Begins to copy a published checkpoint, which the store keeps until then."""
-        if self._thread is not None and self._thread.is_alive():
-            self._problems.append(f"{checkpoint.name} is not copied to {self.place}: another copy is under way")
-            return
         step = int(checkpoint.name.removeprefix("step_"))
         store.hold(step)
-        self._thread = threading.Thread(
-            target=self._copy, args=(checkpoint, step, store), name="checkpoint-copying", daemon=True
-        )
-        self._thread.start()
+        with self._lock:
+            left_out, self._next = self._next, (checkpoint, step, store)
+            if not self._is_copying:
+                self._is_copying = True
+                self._thread = threading.Thread(target=self._copy_all, name="checkpoint-copying", daemon=True)
+                self._thread.start()
+        if left_out is not None:
+            store.release(left_out[1])
+            self._problems.append(f"{left_out[0].name} is not copied to {self.place}: there is a newer one already")
+
+    def _copy_all(self) -> None:
+        while True:
+            with self._lock:
+                following, self._next = self._next, None
+                if following is None:
+                    self._is_copying = False
+                    return
+            self._copy(*following)
 
     def _copy(self, checkpoint: Path, step: int, store: CheckpointStore) -> None:
         try:
@@ -157,7 +171,7 @@ class BackgroundCopies:
             store.release(step)
 
     def wait(self) -> None:
-        """Waits for the copy under way, if any."""
+        """Waits for the copies under way, if any."""
         if self._thread is not None:
             self._thread.join()
 

@@ -1,5 +1,7 @@
 """Copies in a second place: complete or not there, with the first place's retention, and back again."""
 
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -74,6 +76,26 @@ def test_what_goes_wrong_is_said_and_training_goes_on(tmp_path: Path) -> None:
         SecondLevel(str(tmp_path / "file" / "run")).steps()
     with pytest.raises(CheckpointError, match="copy_to=nonsense://x cannot be opened"):
         SecondLevel("nonsense://x")
+
+
+def test_the_newest_is_copied_also_when_copies_are_slower_than_saves(tmp_path: Path) -> None:
+    second_level, may_go_on = SecondLevel(str(tmp_path / "second")), threading.Event()
+
+    class SlowStore(CheckpointStore):
+        def kept(self) -> list[int]:
+            may_go_on.wait(30)
+            return super().kept()
+
+    store, copies = SlowStore(tmp_path / "first", keep_last=9), BackgroundCopies(second_level)
+    for step in (1, 2, 3):
+        copies.start(save(store, step), store)
+        while step == 1 and copies._next is not None:
+            time.sleep(0.01)
+    may_go_on.set()
+    copies.wait()
+    assert second_level.steps() == [1, 3]
+    (problem,) = copies.problems()
+    assert problem.startswith("step_00000002 is not copied to ")
 
 
 def test_a_checkpoint_stays_while_it_is_copied(tmp_path: Path) -> None:
