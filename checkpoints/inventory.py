@@ -45,7 +45,8 @@ def verify(run: Path, step: int | None = None) -> tuple[str, bool]:
     """
     published = _store(run).published()
     if step is not None and step not in published:
-        raise CheckpointError(f"{run} has no checkpoint of step {step}; there are {', '.join(map(str, published))}")
+        there = ", ".join(map(str, published)) or "none"
+        raise CheckpointError(f"{run} has no checkpoint of step {step}; there are {there}")
     lines, intact = [], True
     for number, path in published.items():
         if step is not None and number != step:

@@ -62,7 +62,8 @@ def _corrected(status: RunStatus, job: JobState) -> RunStatus:
     if job.state == "PENDING":
         return replace(status, state="waiting in Slurm's queue")
     if job.has_ended:
-        return replace(status, state="stopped") if status.attempts else status
+        is_of_slurm = bool(status.attempts) and status.attempts[-1].job is not None
+        return replace(status, state="stopped") if is_of_slurm else status
     has_begun = bool(status.attempts) and status.attempts[-1].ended is None
     return status if has_begun else replace(status, state="starting")
 

@@ -12,11 +12,11 @@ import argparse
 from checkpoints.errors import CheckpointError
 from parallel.errors import ConfigurationError
 from slurm.overview import overview, runs_in
-from tools.command_line import run
+from tools.command_line import USER_ERROR_STATUS, run
 
 
-def main() -> None:
-    """Prints a few lines about each run."""
+def main() -> int:
+    """Prints a few lines about each run; returns the exit status."""
     parser = argparse.ArgumentParser(
         description="Shows where runs stand, how fast they get on, and why their last attempt ended."
     )
@@ -24,8 +24,14 @@ def main() -> None:
         "runs", nargs="+", type=Path, metavar="RUN", help="folder of a run, such as runs/NAME, or of several, as runs"
     )
     folders = [folder for given in parser.parse_args().runs for folder in runs_in(given)]
+    status = 0
     for folder in folders:
-        print(overview(folder), flush=True)
+        try:
+            print(overview(folder), flush=True)
+        except (ConfigurationError, CheckpointError) as error:  # one that is damaged does not hide the others
+            print(f"error: {error}", file=sys.stderr)
+            status = USER_ERROR_STATUS
+    return status
 
 
 if __name__ == "__main__":
