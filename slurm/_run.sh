@@ -13,6 +13,7 @@ USER_ERROR_STATUS=2
 PREFLIGHT_STATUS=3
 CONFLICT_STATUS=99
 LAST_SECONDS=30
+LOCK_SECONDS=300 # a network file system may keep a dead node's lock for minutes
 
 fail() {
   echo "error: $1" >&2
@@ -132,6 +133,7 @@ refused() {
 # --- Inside the job ---
 
 run_job() {
+  unset RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE # of a job that this one was submitted from
   warn_of_site_values
   make_plan "$@"
   local replica
@@ -171,10 +173,18 @@ make_log_folder() {
 check_writer() {
   local seconds status=0
   [[ -f "$run/.lock" ]] || return 0
-  seconds=$((attempt > 0 ? 60 : 0))
+  seconds=$((attempt > 0 ? LOCK_SECONDS : 0))
   flock --shared --timeout "$seconds" --conflict-exit-code "$CONFLICT_STATUS" "$run/.lock" true || status=$?
-  ((status != CONFLICT_STATUS)) || fail "run $(planned run name) is being written by another job \
-($(<"$run/.lock")); cancel that job, or choose another RUN_NAME"
+  ((status == CONFLICT_STATUS)) || return 0
+  ((attempt == 0)) || give_up_for_now "the run's lock was not free after $seconds s"
+  fail "run $(planned run name) is being written by another job ($(<"$run/.lock")); cancel that job, or choose another \
+RUN_NAME"
+}
+
+give_up_for_now() {
+  echo "$1" >&2
+  requeue 1
+  exit 1
 }
 
 choose_meeting_point() {
@@ -187,6 +197,8 @@ choose_meeting_point() {
 # A bad node stops the job with its name; one that vanished is like any failure, because Slurm may replace it.
 preflight() {
   local seconds="${SITE_PREFLIGHT:-60}" per_node=1 status=0
+  [[ "$seconds" =~ ^(0|[2-9][0-9]|[1-9][0-9]{2,})$ ]] ||
+    fail "SITE_PREFLIGHT=$seconds is not a number of seconds from 20 on, or 0 for none"
   ((seconds)) || return 0
   ((${SLURM_GPUS_ON_NODE:-0} == 0)) || per_node="$((tasks / SLURM_JOB_NUM_NODES))"
   timeout --kill-after=5 "$seconds" srun --kill-on-bad-exit=1 --ntasks-per-node="$per_node" \
@@ -231,10 +243,10 @@ errors_of_ranks() {
 # Until shortly before the time limit: ranks that hang then are ended, because Slurm does not put a job back that reached
 # its limit. 0: no limit.
 seconds_left() {
-  local end
-  end="$(date --date="$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%e)" +%s 2>/dev/null)" || end=0
-  end=$((end - LAST_SECONDS - $(date +%s)))
-  echo "$((end > 0 ? end : 0))"
+  local end left
+  end="$(date --date="$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%e)" +%s 2>/dev/null)" || { echo 0 && return; }
+  left=$((end - LAST_SECONDS - $(date +%s)))
+  echo "$((left > 0 ? left : 1))"
 }
 
 # The last lines of rank 0, in the job's own log.

@@ -15,7 +15,7 @@ from slurm.local import INTERRUPTED_STATUS, run_local
 from slurm.submission import submit
 from slurm.training_job import TrainingJob
 from train.config import RunConfig
-from train.process import STOPPED_STATUS
+from train.process import STOPPED_STATUS, ProcessIdentity
 from train.run_directory import RunDirectory
 from train.streams import check_data
 from train.worker import train_rank
@@ -57,6 +57,11 @@ def launch(config: RunConfig, launcher: Launcher, wait: bool = False) -> int:
         check_data(config)
     if not inline or identity is None:
         return run_local(config, directory)
+    return _train_inline(config, identity)
+
+
+def _train_inline(config: RunConfig, identity: ProcessIdentity) -> int:
+    """Is one rank of a job that is there."""
     try:
         result = train_rank(config, identity)
     except BaseException:
@@ -129,6 +134,10 @@ def is_startable(directory: RunDirectory) -> bool:
 
 
 def is_complete(config: RunConfig, directory: RunDirectory) -> bool:
-    """Whether the run's newest checkpoint is of its last step."""
-    steps = CheckpointStore(directory.checkpoints).complete_steps()
-    return bool(steps) and steps[-1] >= config.train.last_step
+    """Whether the run's newest checkpoint is of its last step, and nothing was interrupted after that."""
+    store = CheckpointStore(directory.checkpoints)
+    steps = store.complete_steps()
+    if not steps or steps[-1] < config.train.last_step:
+        return False
+    progress = store.at_step(steps[-1], verify=False).metadata.get("progress", {})
+    return not progress.get("validation_due", False)

@@ -83,13 +83,21 @@ def requeue(run: Path, status: int, job: str) -> str:
     ).stdout.split()
     if "RUNNING" not in state:
         return "not put back into the queue: the job was cancelled"
-    run.mkdir(parents=True, exist_ok=True)
-    with (run / FILE).open("a", encoding="utf-8") as file:
-        file.write(json.dumps({"time": time.time(), "job": job, "status": status, "step": newest_step(run)}) + "\n")
+    try:
+        _note(run, status, job)
+    except OSError as error:
+        return f"not put back into the queue: {run / FILE}, which counts restarts, cannot be written: {error.strerror}"
     answer = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True, check=False)
     if answer.returncode:
         return f"not put back into the queue: Slurm refuses: {answer.stderr.strip()}"
     return f"put back into the queue: {reason}"
+
+
+def _note(run: Path, status: int, job: str) -> None:
+    run.mkdir(parents=True, exist_ok=True)
+    line = json.dumps({"time": time.time(), "job": job, "status": status, "step": newest_step(run)})
+    with (run / FILE).open("a", encoding="utf-8") as file:
+        file.write(f"\n{line}\n")  # the line before may be torn; empty ones are passed over
 
 
 def main() -> None:

@@ -161,7 +161,7 @@ def _setup(configs: Sequence[RunConfig], site: SiteSettings) -> list[str]:
         "trap : USR1 USR2 TERM",
         f"trap 'status=$?; ((status == 0)) || {python} -m slurm.requeue \"$run\" $status; exit $status' EXIT",
         *setup,
-        '((${SLURM_RESTART_COUNT:-0} == 0)) || flock --shared --timeout 60 "$run/.lock" true',
+        '((${SLURM_RESTART_COUNT:-0} == 0)) || flock --shared --timeout 300 "$run/.lock" true || exit 1',
         f'MASTER_PORT="$({python} -m slurm.rendezvous_port)"',
         "export MASTER_PORT",
     ]

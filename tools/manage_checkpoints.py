@@ -12,6 +12,7 @@ import argparse
 from checkpoints.errors import CheckpointError
 from checkpoints.inventory import explain, list_checkpoints, prune, verify
 from tools.command_line import run
+from train.run_directory import writer_of
 
 COMMANDS = {
     "list": "each step with its size and age",
@@ -40,6 +41,12 @@ def main() -> int:
     elif arguments.command == "explain":
         print(explain(arguments.run, arguments.step))
     elif arguments.command == "prune":
+        writer = None if arguments.dry_run else writer_of(arguments.run)
+        if writer:
+            raise CheckpointError(
+                f"{arguments.run} is being written ({writer}) and retires checkpoints by checkpoint.keep_last; end the "
+                "run first"
+            )
         print(prune(arguments.run, arguments.keep, arguments.keep_every, arguments.dry_run))
     else:
         report, intact = verify(arguments.run, arguments.step)

@@ -40,6 +40,7 @@ class Progress:
         skipped_in_a_row: those of them directly before this point.
         left_out: positions in the stream whose global batches are not read again after a roll-back.
         validation_due: the validation after this step was interrupted.
+        recent_losses: those against which a spike is measured.
     """
 
     step: int
@@ -50,6 +51,7 @@ class Progress:
     skipped_in_a_row: int = 0
     left_out: tuple[int, ...] = ()
     validation_due: bool = False
+    recent_losses: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -115,13 +117,17 @@ class RunCheckpoints:
 
         After one that failed it is waited for, so that all ranks know at the same step whether it failed again.
 
-        Raises:
-            CheckpointError: on all ranks, if it cannot be begun; older checkpoints are untouched.
         """
         started = time.perf_counter()
         self.wait()
         asynchronous = self.config.checkpoint.asynchronous and not self._has_failed
-        temporary = on_rank_zero(lambda: self.store.begin(progress.step))
+        try:
+            temporary = on_rank_zero(lambda: self.store.begin(progress.step))
+        except CheckpointError as error:
+            self._has_failed = True
+            waited = time.perf_counter() - started
+            self._finished.append(FinishedSave(progress.step, None, waited, waited, error))
+            return
         fragments = engine_fragments(engine)
         if asynchronous:
             fragments = self._host_copies.copy(fragments)
@@ -219,7 +225,8 @@ def progress_of(checkpoint: LoadedCheckpoint) -> Progress:
             "choose another run.name, and give these weights as run.initial_weights"
         )
     recorded = checkpoint.metadata["progress"]
-    return Progress(**{**recorded, "left_out": tuple(recorded.get("left_out", ()))})
+    tuples = {name: tuple(recorded.get(name, ())) for name in ("left_out", "recent_losses")}
+    return Progress(**{**recorded, **tuples})
 
 
 def code_version() -> str:

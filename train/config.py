@@ -126,9 +126,11 @@ class StabilityConfig(BaseModel):
         "checkpoint and leave the batch out.",
     )
     hang_timeout_seconds: float = Field(
-        default=1800.0,
+        default=1200.0,
         gt=0.0,
-        description="A rank that makes no progress for so long prints the stack of all its threads and ends.",
+        lt=1800.0,
+        description="A rank that makes no progress for so long prints the stack of all its threads and ends. Below "
+        "half an hour, after which collectives give up by themselves.",
     )
     stop_before_end_seconds: float = Field(
         default=300.0, ge=0.0, description="How long before the end of the Slurm job to save and leave."

@@ -5,11 +5,13 @@ ends the process: it is written in C and also works where a library holds the in
 """
 
 import faulthandler
+import math
 import sys
 import threading
 import time
 from collections.abc import Callable
 
+LONGEST_WAIT_SECONDS = 60.0
 GRACE_FRACTION, MINIMUM_GRACE_SECONDS = 0.1, 5.0
 
 
@@ -41,8 +43,8 @@ class HangGuard:
         faulthandler.cancel_dump_traceback_later()
 
     def _watch(self) -> None:
-        while not self._stopped.wait(max(0.01, self._explain_at - time.monotonic())):
+        while not self._stopped.wait(min(LONGEST_WAIT_SECONDS, max(0.01, self._explain_at - time.monotonic()))):
             if time.monotonic() >= self._explain_at:
                 self._explain()
                 faulthandler.dump_traceback(sys.stderr)
-                return
+                self._explain_at = math.inf  # until there is progress again

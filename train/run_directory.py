@@ -158,6 +158,18 @@ class RunDirectory:
             self._lock = None
 
 
+def writer_of(run: Path) -> str | None:
+    """The process that is writing a run, in words; None if none is, or the file system has no locks."""
+    try:
+        with (run / ".lock").open() as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return (run / ".lock").read_text(encoding="utf-8").strip() or "unknown process"
+    except OSError:
+        pass
+    return None
+
+
 def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested settings by their dotted names."""
     flat: dict[str, Any] = {}

@@ -51,6 +51,16 @@ class LossWatch:
         verdicts = {"warn": Verdict.APPLY, "skip": Verdict.SKIP, "roll_back": Verdict.ROLL_BACK}
         return verdicts[self.config.spike_policy], spike
 
+    @property
+    def recent_losses(self) -> tuple[float, ...]:
+        """What a spike is measured against; to be kept with a checkpoint. Empty if nothing ever is a spike."""
+        return () if self.config.spike_deviations is None else tuple(self._recent)
+
+    def restore(self, recent_losses: tuple[float, ...]) -> None:
+        """Goes on from what was kept."""
+        self._recent.clear()
+        self._recent.extend(recent_losses)
+
     def check_skipped(self, progress: Progress, reason: str) -> None:
         """Checks how many steps in a row went without an update.
 
@@ -70,7 +80,6 @@ class LossWatch:
         Raises:
             ConfigurationError: too many without a checkpoint past the spike.
         """
-        self._recent.clear()
         self._roll_backs += 1
         self._spike_step = step
         if self._roll_backs > MAX_ROLL_BACKS:

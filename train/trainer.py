@@ -150,6 +150,7 @@ class Trainer:
         dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
         beginning = Progress(0, 0, 0, self.stream.fingerprint)
         self.progress = self._checked_progress(checkpoint) if checkpoint else beginning
+        self.watch.restore(self.progress.recent_losses)
         source = checkpoint.path if checkpoint else on_rank_zero(lambda: initial_weights(config))
         stage = build_stage(config.model, config.parallel, dtype, None if source else config.run.seed)
         reader = FragmentReader(source) if source else None
@@ -345,12 +346,14 @@ class Trainer:
             return  # all steps so far were skipped: there are no moments, and a start is as good
         if self.monitor is not None:
             self.monitor.flush()
+        self.progress = replace(self.progress, recent_losses=self.watch.recent_losses)
         self.checkpoints.save(self.engine.engine, self.progress)
         self.watch.saved(self.progress.step)
 
     def _close(self) -> None:
         if self.monitor is not None:
             self.monitor.close()
+        self.checkpoints.wait()
+        self.guard.stop()  # what is left may take long: deletion, copies elsewhere
         self.checkpoints.close()
         self.directory.close()
-        self.guard.stop()

@@ -81,13 +81,15 @@ def poison_gradient(trainer: Trainer) -> None:
 
 
 def _train(config: RunConfig, poison: Callable[[Trainer], None] | None, at_steps: tuple[int, ...]) -> dict[str, Any]:
-    """Trains; before each of the given steps rank 1 alone is poisoned for one step."""
+    """Trains; the first time before each of the given steps rank 1 alone is poisoned for one step."""
     place = initialize_topology(config.parallel)
+    left = set(at_steps)
 
     def after_step(step: int) -> None:
         for handle in getattr(trainer, "handles", []):
             handle.remove()
-        if poison and place.rank == 1 and step + 1 in at_steps:
+        if poison and place.rank == 1 and step + 1 in left:
+            left.remove(step + 1)
             poison(trainer)
 
     requests = Requests(config.directory, StopSignals(), None, 0.0, watches_files=place.rank == 0)
@@ -143,6 +145,16 @@ def test_verdicts() -> None:
     assert judged("roll_back", 3.0)[0] is Verdict.ROLL_BACK
     assert judged("warn", math.inf)[0] is Verdict.SKIP
     assert LossWatch(StabilityConfig()).judge(MeanLoss(math.nan, (), 0)) == (Verdict.APPLY, None)
+
+
+def test_a_resumed_run_measures_spikes_as_one_that_was_never_stopped() -> None:
+    config = StabilityConfig(spike_deviations=4.0, spike_window=10, spike_policy="skip")
+    before, after = LossWatch(config), LossWatch(config)
+    for step in range(10):
+        before.judge(MeanLoss(2.0 + 0.01 * (step % 2), (), 5))
+    after.restore(before.recent_losses)
+    assert after.judge(MeanLoss(3.0, (), 5))[0] is Verdict.SKIP
+    assert LossWatch(StabilityConfig()).recent_losses == ()
 
 
 def test_roll_backs_are_capped_until_a_checkpoint_lies_past_the_spike() -> None:
