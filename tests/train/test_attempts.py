@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +20,12 @@ from train.attempts import FILE, UNKNOWN_END, AttemptRecord, read_attempts
 from train.config import RunConfig
 from train.config_file import recorded_config
 from train.requests import Requests
+from train.run_directory import RunDirectory, writer_of
 from train.status import describe, read_status
 from train.stop_signals import StopSignals
 from train.trainer import Trainer
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def _train(config: RunConfig, at_step: int, number: signal.Signals) -> None:
@@ -140,3 +145,17 @@ def test_checkpoints_are_listed_verified_explained_and_pruned(history: RunConfig
         prune(run, 0, None, dry_run=True)
     with pytest.raises(CheckpointError, match="give the folder of a run"):
         list_checkpoints(run / "tensorboard")
+
+
+def test_a_run_that_is_being_written_is_not_pruned(tmp_path: Path, history: RunConfig) -> None:
+    directory = RunDirectory(history)
+    assert writer_of(directory.path) is None
+    directory.open()
+    command = [sys.executable, "tools/manage_checkpoints.py", "prune", str(directory.path)]
+    try:
+        result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    finally:
+        directory.close()
+    assert result.returncode == 2
+    assert f"is being written (process {os.getpid()} on " in result.stderr
+    assert writer_of(tmp_path) is None

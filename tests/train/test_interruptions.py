@@ -149,3 +149,23 @@ def test_a_rank_lost_in_the_last_save_is_no_mistake_of_the_user(tmp_path: Path, 
 def test_all_ranks_leave_at_the_same_step_when_a_second_save_fails(tmp_path: Path, shards: Path) -> None:
     config = small_run(tmp_path, shards)
     assert set(run_processes(2, _with_a_disk_that_fills, config)) == {("failed", 7)}
+
+
+def _with_a_folder_that_is_missing_once(config: RunConfig) -> tuple[str, int]:
+    """The first save cannot even be begun."""
+    trainer = make_trainer(config)
+    store = trainer.checkpoints.store
+    root = store.root
+
+    def after_step(step: int) -> None:
+        store.root = config.directory / "config.yaml" / "checkpoints" if step == 3 else root
+
+    trainer.after_step = after_step
+    outcome = trainer.run()
+    return outcome.ending.name, outcome.step
+
+
+def test_a_save_that_cannot_be_begun_is_passed_over_once(tmp_path: Path, shards: Path) -> None:
+    config = small_run(tmp_path, shards, checkpoint={"keep_last": 9})
+    assert set(run_processes(2, _with_a_folder_that_is_missing_once, config)) == {("COMPLETE", 14)}
+    assert CheckpointStore(config.directory / "checkpoints").complete_steps() == [6, 9, 12, 14]
