@@ -11,11 +11,11 @@ from typing import Any, Self
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
+from checkpoints.checksummed_file import write_checksummed
 from checkpoints.errors import CheckpointError
-from checkpoints.files import as_os_error, storage_error
-from checkpoints.records import FileRecord, Fragment, Manifest, read_manifest, record_file, slice_box
+from checkpoints.files import storage_error
+from checkpoints.records import FileRecord, Fragment, Manifest, read_manifest, slice_box
 
 __all__ = ["FileRecord", "Fragment", "FragmentReader", "write_fragments"]
 
@@ -45,12 +45,13 @@ def write_fragments(path: Path, fragments: Sequence[tuple[Fragment, torch.Tensor
             tensors[fragment.key] = tensor.detach().cpu().contiguous()
     needed = BYTES_PER_ELEMENT * sum(tensor.numel() for tensor in tensors.values())
     try:
-        save_file(_without_overlaps(tensors), path)
-        return record_file(path, [fragment for fragment, _ in fragments if fragment.key in tensors])
-    except (OSError, SafetensorError) as error:
+        checksum = write_checksummed(path, tensors)
+        written = tuple(fragment for fragment, _ in fragments if fragment.key in tensors)
+        return FileRecord(path.name, path.stat().st_size, checksum, written)
+    except OSError as error:
         with suppress(OSError):
             path.unlink(missing_ok=True)
-        raise storage_error(path, as_os_error(error), needed) from error
+        raise storage_error(path, error, needed) from error
 
 
 def _check_tensor(fragment: Fragment, tensor: torch.Tensor) -> None:
@@ -58,16 +59,6 @@ def _check_tensor(fragment: Fragment, tensor: torch.Tensor) -> None:
     if tensor.dtype != torch.float32 or tuple(tensor.shape) != expected:
         given = f"{tensor.dtype} of shape {tuple(tensor.shape)}"
         raise CheckpointError(f"fragment {fragment.key} needs torch.float32 of shape {expected}, not {given}")
-
-
-def _without_overlaps(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Copy what overlaps in memory, such as tied weights: safetensors refuses it. Disjoint views stay views."""
-    result: dict[str, torch.Tensor] = {}
-    reached = 0
-    for key, tensor in sorted(tensors.items(), key=lambda item: item[1].data_ptr()):
-        result[key] = tensor.clone() if tensor.data_ptr() < reached else tensor
-        reached = max(reached, tensor.data_ptr() + BYTES_PER_ELEMENT * tensor.numel())
-    return result
 
 
 class FragmentReader:

@@ -4,7 +4,6 @@ import hashlib
 import json
 import math
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -113,11 +112,8 @@ def record_file(path: Path, fragments: Sequence[Fragment] = ()) -> FileRecord:
         path: The file, directly inside the checkpoint's temporary directory.
         fragments: The tensor fragments it holds.
     """
-    with ThreadPoolExecutor(1) as pool:
-        syncing = pool.submit(sync_file, path)  # the disk works while the checksum is computed
-        checksum = sha256_of(path)
-        syncing.result()
-    return FileRecord(path.name, path.stat().st_size, checksum, tuple(fragments))
+    sync_file(path)
+    return FileRecord(path.name, path.stat().st_size, sha256_of(path), tuple(fragments))
 
 
 @dataclass(frozen=True)

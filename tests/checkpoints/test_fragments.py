@@ -7,8 +7,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 
+from checkpoints.checksummed_file import write_checksummed
 from checkpoints.errors import CheckpointError
+from checkpoints.files import sha256_of
 from checkpoints.fragments import Fragment, FragmentReader, write_fragments
 from checkpoints.records import Manifest, record_file, slice_box
 from checkpoints.store import CheckpointStore
@@ -203,3 +206,12 @@ def test_files_without_fragments_are_part_of_a_checkpoint(tmp_path: Path) -> Non
     (path / "config.yaml").write_text("a: 2\n")
     with pytest.raises(CheckpointError, match=r"config.yaml is damaged"):
         store.at_step(7)
+
+
+def test_the_checksum_computed_while_writing_is_that_of_the_file(tmp_path: Path) -> None:
+    tensors = {"a": torch.randn(3 << 20), "b": torch.randn(5), "an ü": torch.randn(1)}
+    checksum = write_checksummed(tmp_path / "file", tensors)
+    assert checksum == sha256_of(tmp_path / "file")
+    read = load_file(tmp_path / "file")
+    assert read.keys() == tensors.keys()
+    assert all(torch.equal(read[name], tensors[name]) for name in tensors)
