@@ -96,8 +96,10 @@ def requeue(run: Path, status: int, job: str) -> str:
 def _note(run: Path, status: int, job: str) -> None:
     run.mkdir(parents=True, exist_ok=True)
     line = json.dumps({"time": time.time(), "job": job, "status": status, "step": newest_step(run)})
-    with (run / FILE).open("a", encoding="utf-8") as file:
-        file.write(f"\n{line}\n")  # the line before may be torn; empty ones are passed over
+    with (run / FILE).open("a+b") as file:
+        file.seek(0)
+        is_torn = not (b"\n" + file.read()).endswith(b"\n")  # by a crash
+        file.write(b"\n" * is_torn + line.encode() + b"\n")
 
 
 def main() -> None:

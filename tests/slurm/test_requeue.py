@@ -59,6 +59,8 @@ def test_a_torn_record_does_not_matter(tmp_path: Path) -> None:
     with (tmp_path / FILE).open("a") as file:
         file.write('{"time": 1.0, "jo')
     assert decide(tmp_path, 1, "1")[0]
+    slurm.requeue._note(tmp_path, 1, "1")
+    assert not decide(tmp_path, 1, "1")[0], "the note after the torn one counts"
 
 
 def test_the_decision_needs_no_packages() -> None:
