@@ -73,7 +73,7 @@ def requeue(run: Path, status: int, job: str) -> str:
     """Puts the job back if that makes sense, and notes it.
 
     Returns:
-        What was done, and why.
+        What came of it. Why the job is put back is printed before, because Slurm then ends this process.
     """
     again, reason = decide(run, status, job)
     if not again:
@@ -87,10 +87,9 @@ def requeue(run: Path, status: int, job: str) -> str:
         _note(run, status, job)
     except OSError as error:
         return f"not put back into the queue: {run / FILE}, which counts restarts, cannot be written: {error.strerror}"
+    print(f"requeue: put back into the queue: {reason}", flush=True)  # before Slurm ends this process
     answer = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True, check=False)
-    if answer.returncode:
-        return f"not put back into the queue: Slurm refuses: {answer.stderr.strip()}"
-    return f"put back into the queue: {reason}"
+    return f"Slurm refuses to put it back: {answer.stderr.strip()}" if answer.returncode else "done"
 
 
 def _note(run: Path, status: int, job: str) -> None:
