@@ -18,9 +18,9 @@ from collections.abc import Sequence
 from benchmarks.uptraining.execution import StudyError, run_all
 from benchmarks.uptraining.plan import CONFIGS, REPOSITORY, Study
 from benchmarks.uptraining.statistics import position_table, read_results, results_as_json, table
-from data.documents import read_documents
 from data.errors import DataError
 from data.files import write_atomically
+from data.preparation.documents import read_documents
 from parallel.errors import ConfigurationError
 from tools.command_line import exit_on_termination, run
 from train.config_file import load_config

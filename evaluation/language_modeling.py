@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from data.errors import DataError
-from data.stream import SequenceStream
+from data.streaming.stream import SequenceStream
 from parallel.inputs import MicroBatch, ModelInputs, prepare_inputs, target_mask
 from parallel.schedule import LossSums, loss_sums
 from parallel.stage import Stage

@@ -20,7 +20,7 @@ import torch.distributed
 from checkpoints.errors import CheckpointError
 from checkpoints.trained_model import find_trained_model
 from data.errors import DataError
-from data.stream import SequenceStream
+from data.streaming.stream import SequenceStream
 from evaluation.language_modeling import evaluate_language_modeling
 from parallel.errors import ConfigurationError
 from parallel.topology import start_single_process

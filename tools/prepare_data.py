@@ -11,7 +11,7 @@ import argparse
 import os
 
 from data.errors import DataError
-from data.prepare import DEFAULT_SHARD_TOKENS, PreparationOptions, prepare
+from data.preparation.prepare import DEFAULT_SHARD_TOKENS, PreparationOptions, prepare
 from tools.command_line import exit_on_termination, run
 
 

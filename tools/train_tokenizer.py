@@ -10,8 +10,8 @@ if Path(sys.path[0]).resolve() == Path(__file__).resolve().parent:
 import argparse
 
 from data.errors import DataError
+from data.preparation.tokenizer_training import train_sentencepiece
 from data.tokenizer import load_tokenizer
-from data.tokenizer_training import train_sentencepiece
 from tools.command_line import run
 
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from data.stream import PackedSequences, SequenceStream
+from data.streaming.stream import PackedSequences, SequenceStream
 from parallel.inputs import MicroBatch
 
 

@@ -3,7 +3,7 @@
 from typing import Literal
 
 from data.errors import DataError
-from data.stream import SequenceStream
+from data.streaming.stream import SequenceStream
 from train.config import RunConfig
 
 

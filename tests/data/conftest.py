@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import tokenizers
 
-from data.tokenizer_training import train_sentencepiece
+from data.preparation.tokenizer_training import train_sentencepiece
 
 WORDS = ("the", "a", "block", "of", "tokens", "model", "reads", "new", "river", "stone", "under", "light", "42", "it's")
 

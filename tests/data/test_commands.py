@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from data.documents import read_documents
 from data.manifest import read_manifest
+from data.preparation.documents import read_documents
 from data.shards import verify_shards
-from tests.data.test_prepare import files
+from tests.data.preparation.test_prepare import files
 
 TOOLS = Path(__file__).resolve().parents[2] / "tools"
 

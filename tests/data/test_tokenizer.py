@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 
 from data.errors import DataError
 from data.files import sha256_of_file
+from data.preparation.tokenizer_training import train_sentencepiece
 from data.tokenizer import Tokenizer, load_tokenizer
-from data.tokenizer_training import train_sentencepiece
 
 # SentencePiece spells the space as U+2581, so that one character comes back as a space.
 texts = st.text(st.characters(exclude_categories=("Cs",), exclude_characters="\u2581\0"))

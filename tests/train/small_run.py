@@ -5,8 +5,8 @@ import lzma
 from pathlib import Path
 from typing import Any
 
-from data.prepare import PreparationOptions, prepare
-from data.tokenizer_training import train_sentencepiece
+from data.preparation.prepare import PreparationOptions, prepare
+from data.preparation.tokenizer_training import train_sentencepiece
 from train.config import RunConfig
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples" / "corpus"

@@ -14,7 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from checkpoints.fragments import FragmentReader
 from checkpoints.records import KINDS
 from checkpoints.store import CheckpointStore
-from data.stream import PackedSequences
+from data.streaming.stream import PackedSequences
 from parallel.topology import initialize_topology
 from tests.processes import run_processes
 from tests.train.small_run import prepare_small_corpus, small_run

@@ -13,14 +13,14 @@ import pydantic
 import tqdm
 from pydantic import BaseModel, ConfigDict, Field
 
-from data.documents import check_input_path, read_documents
 from data.errors import DataError
 from data.files import fsync_path, sha256_of_file, write_atomically
 from data.manifest import FORMAT_VERSION, Manifest, dtype_for, read_manifest, write_manifest
+from data.preparation.documents import check_input_path, read_documents
+from data.preparation.split_writer import SplitWriter
+from data.preparation.workers import EncodingPool
 from data.shards import check_sizes
-from data.split_writer import SplitWriter
 from data.tokenizer import Tokenizer, load_tokenizer
-from data.workers import EncodingPool
 
 RECORD_NAME = "preparation.json"
 DEFAULT_SHARD_TOKENS = 2**25

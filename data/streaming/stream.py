@@ -11,13 +11,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data.config import DataConfig
-from data.counts import load_packed_lengths, packing_key
 from data.errors import DataError
 from data.files import sha256_of_file
 from data.manifest import Manifest, read_manifest
-from data.order import ORDER_VERSION, SampleId, SequenceOrder
-from data.packing import PackingSettings, ShardPacking
 from data.shards import ShardReader, check_sizes, read_document_lengths
+from data.streaming.counts import load_packed_lengths, packing_key
+from data.streaming.order import ORDER_VERSION, SampleId, SequenceOrder
+from data.streaming.packing import PackingSettings, ShardPacking
 
 Split = Literal["train", "validation"]
 # Open shards beyond the current shuffle window.

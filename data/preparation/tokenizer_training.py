@@ -7,9 +7,9 @@ from pathlib import Path
 
 import sentencepiece
 
-from data.documents import read_documents
 from data.errors import DataError
 from data.files import write_atomically
+from data.preparation.documents import read_documents
 
 # Longer lines are cut: sentencepiece skips whole sentences above a byte limit.
 MAXIMUM_LINE_CHARACTERS = 4096

@@ -14,8 +14,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from data.files import write_atomically
 from data.manifest import Manifest, ShardRecord
-from data.packing import PackingSettings, ShardPacking
 from data.shards import read_document_lengths
+from data.streaming.packing import PackingSettings, ShardPacking
 
 # Raise it whenever packing changes: it is part of the key of stored tables and of stream fingerprints.
 PACKING_VERSION = 1

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 
 from data.config import DataConfig
-from data.documents import read_documents
 from data.errors import DataError
 from data.manifest import read_manifest
-from data.prepare import PreparationOptions, prepare
+from data.preparation.documents import read_documents
+from data.preparation.prepare import PreparationOptions, prepare
 from data.shards import ShardReader, read_document_lengths, verify_shards
-from data.stream import SequenceStream
+from data.streaming.stream import SequenceStream
 from data.tokenizer import load_tokenizer
 
 

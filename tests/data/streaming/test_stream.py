@@ -6,9 +6,9 @@ import pytest
 from data.config import DataConfig
 from data.errors import DataError
 from data.manifest import Manifest, read_manifest
-from data.packing import PackingSettings, draw_left_pads
 from data.shards import verify_shards
-from data.stream import SequenceStream
+from data.streaming.packing import PackingSettings, draw_left_pads
+from data.streaming.stream import SequenceStream
 from tests.data.builders import EOS_ID, numbered_documents, write_split
 
 LENGTHS = np.random.default_rng(0).integers(1, 40, 300).tolist()

@@ -2,7 +2,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data.order import SampleId, SequenceOrder
+from data.streaming.order import SampleId, SequenceOrder
 
 counts_lists = st.lists(st.integers(0, 12), min_size=1, max_size=12).filter(any)
 

@@ -14,7 +14,7 @@ from typing import BinaryIO, cast
 import zstandard
 
 from data.errors import DataError
-from data.zstandard_stream import ZstandardStream
+from data.preparation.zstandard_stream import ZstandardStream
 
 COMPRESSIONS = (".xz", ".gz", ".zst")
 FORMATS = (".txt", ".jsonl")

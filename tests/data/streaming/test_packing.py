@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data.packing import PackingSettings, ShardPacking, draw_left_pads
+from data.streaming.packing import PackingSettings, ShardPacking, draw_left_pads
 from tests.data.builders import EOS_ID, numbered_documents
 
 SHARD = "5f" * 32

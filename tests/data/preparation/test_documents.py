@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import zstandard
 
-from data.documents import read_documents
 from data.errors import DataError
+from data.preparation.documents import read_documents
 
 TEXTS = ["first\nsecond  line\r\n", " \u00e9\u6f22 ", "x" * 5000]
 

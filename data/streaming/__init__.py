@@ -1,0 +1,1 @@
+"""Shards to sequences: packing, order, mixtures, files from elsewhere."""
