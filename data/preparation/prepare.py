@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import functools
 import hashlib
 import os
 import shutil
@@ -9,8 +10,10 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pydantic
 import tqdm
+from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
 from data.errors import DataError
@@ -18,7 +21,7 @@ from data.files import fsync_path, sha256_of_file, write_atomically
 from data.manifest import FORMAT_VERSION, Manifest, dtype_for, read_manifest, write_manifest
 from data.preparation.documents import check_input_path, read_documents
 from data.preparation.split_writer import SplitWriter
-from data.preparation.workers import EncodingPool
+from data.preparation.workers import WorkerPool
 from data.shards import check_sizes
 from data.tokenizer import Tokenizer, load_tokenizer
 
@@ -26,6 +29,8 @@ RECORD_NAME = "preparation.json"
 DEFAULT_SHARD_TOKENS = 2**25
 BATCH_CHARACTERS = 2**20
 BATCH_DOCUMENTS = 1024
+
+Encoded = list[NDArray[np.uint32]]
 
 
 @dataclass(frozen=True)
@@ -323,10 +328,10 @@ def _publish(partial: Path, output: Path) -> None:
 def _write_shards(options: PreparationOptions, tokenizer: Tokenizer, writers: dict[str, SplitWriter]) -> _Counters:
     counters = _Counters()
     total = sum(path.stat().st_size for path in options.inputs + options.validation_inputs)
-    pool: EncodingPool[_Batch] = EncodingPool(tokenizer, options.workers)
+    pool: WorkerPool[_Batch, Encoded] = WorkerPool(functools.partial(_encoder, tokenizer.path), options.workers)
     with pool, tqdm.tqdm(total=total, unit="B", unit_scale=True, disable=None if options.progress else True) as bar:
         documents = _unfinished(_documents(options, bar.update), writers, counters)
-        for batch, encoded in pool.encode(_batches(documents)):
+        for batch, encoded in pool.map(_batches(documents)):
             for document, tokens in zip(batch.documents, encoded, strict=True):
                 if len(tokens):
                     writers[document.split].add(document.number, tokens)
@@ -335,6 +340,11 @@ def _write_shards(options: PreparationOptions, tokenizer: Tokenizer, writers: di
     for writer in writers.values():
         writer.finish()
     return counters
+
+
+def _encoder(tokenizer_path: Path) -> Callable[[_Batch], Encoded]:
+    tokenizer = load_tokenizer(tokenizer_path)
+    return lambda batch: [np.asarray(ids, dtype=np.uint32) for ids in tokenizer.encode_batch(batch.texts)]
 
 
 def _documents(options: PreparationOptions, progress: Callable[[int], object]) -> Iterator[_Document]:

@@ -1,15 +1,15 @@
 """Writes the shards of one split and remembers finished ones, so that an interrupted preparation goes on."""
 
-import os
+import itertools
 from pathlib import Path
 
 import numpy as np
-import pydantic
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
-from data.files import write_atomically
 from data.manifest import ShardRecord
+from data.preparation.journal import Journal
+from data.preparation.parallel_shards import is_intact, remove_all_but, remove_temporary_files
 from data.shards import ShardWriter
 
 JOURNAL_NAME = "finished_shards.jsonl"
@@ -43,31 +43,18 @@ class SplitWriter:
         self._directory = directory
         self._dtype = dtype
         self._shard_tokens = shard_tokens
+        self._journal = Journal(directory / JOURNAL_NAME, _JournalEntry)
         self._writer: ShardWriter | None = None
         self._last_document = -1
         directory.mkdir(exist_ok=True)
         self._take_over()
 
     def _take_over(self) -> None:
-        journal = self._directory / JOURNAL_NAME
-        entries = _read_journal(journal)
-        kept: list[_JournalEntry] = []
-        for entry in entries:
-            if not _has_size(self._directory / entry.shard.file, entry.shard.bytes):
-                break
-            if not _has_size(self._directory / entry.shard.lengths_file, entry.shard.lengths_bytes):
-                break
-            kept.append(entry)
+        kept = list(itertools.takewhile(lambda entry: is_intact(self._directory, entry.shard), self._journal.read()))
         self.shards = [entry.shard for entry in kept]
         self.resume_after = kept[-1].last_document if kept else -1
-        finished = {name for shard in self.shards for name in (shard.file, shard.lengths_file)}
-        self._remove_all_but(finished | {JOURNAL_NAME})
-        write_atomically(journal, b"".join(_line(entry) for entry in kept))
-
-    def _remove_all_but(self, kept: set[str]) -> None:
-        for path in self._directory.iterdir():
-            if path.name not in kept:
-                path.unlink()
+        remove_all_but(self._directory, self.shards)
+        self._journal.rewrite(kept)
 
     def add(self, number: int, tokens: NDArray[np.uint32]) -> None:
         """Appends a document.
@@ -90,7 +77,7 @@ class SplitWriter:
         self._writer = None
         self.shards.append(shard)
         entry = _JournalEntry(shard=shard, last_document=self._last_document)
-        _append(self._directory / JOURNAL_NAME, _line(entry))
+        self._journal.append(entry)
 
     def finish(self) -> tuple[ShardRecord, ...]:
         """Completes the last shard.
@@ -108,32 +95,4 @@ class SplitWriter:
             self._writer.abandon()
             self._writer = None
         # An interrupt can hit between the creation of a file and the moment when somebody knows of it.
-        for path in self._directory.glob(".*.tmp"):
-            path.unlink()
-
-
-def _has_size(path: Path, size: int) -> bool:
-    return path.is_file() and path.stat().st_size == size
-
-
-def _read_journal(path: Path) -> list[_JournalEntry]:
-    if not path.is_file():
-        return []
-    entries = []
-    for line in path.read_bytes().splitlines():
-        try:
-            entries.append(_JournalEntry.model_validate_json(line))
-        except pydantic.ValidationError:
-            break  # The line that was being written when the run was killed.
-    return entries
-
-
-def _line(entry: _JournalEntry) -> bytes:
-    return entry.model_dump_json().encode() + b"\n"
-
-
-def _append(path: Path, line: bytes) -> None:
-    with open(path, "ab") as file:
-        file.write(line)
-        file.flush()
-        os.fsync(file.fileno())
+        remove_temporary_files(self._directory)

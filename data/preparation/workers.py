@@ -1,65 +1,59 @@
-"""Encodes batches of documents in several processes, in order."""
+"""Runs a function over many tasks in several processes."""
 
-import contextlib
 import multiprocessing
 import os
+import queue
 import signal
-from collections.abc import Iterable, Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterable, Iterator
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
-from pathlib import Path
 from types import TracebackType
-from typing import Generic, Protocol, TypeVar
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import Any, Generic, TypeVar, cast
 
 from data.errors import DataError
-from data.tokenizer import Tokenizer, load_tokenizer
 
-# Batches read ahead of the oldest unfinished one, per worker; bounds memory when one batch is slow.
-BATCHES_AHEAD = 4
+# Tasks drawn ahead of the oldest unfinished one, per worker; bounds memory when one task is slow.
+TASKS_AHEAD = 4
 
-
-class TextBatch(Protocol):
-    """Anything with texts to encode."""
-
-    @property
-    def texts(self) -> Sequence[str]:
-        """The documents."""
+Task = TypeVar("Task")
+Result = TypeVar("Result")
 
 
-Batch = TypeVar("Batch", bound=TextBatch)
-Encoded = list[NDArray[np.uint32]]
-
-
-class EncodingPool(Generic[Batch]):
+class WorkerPool(Generic[Task, Result]):
     """A context manager that owns worker processes; they end with it, and also when this process is killed.
 
     The results do not depend on the number of workers. One worker means this process itself.
     """
 
-    def __init__(self, tokenizer: Tokenizer, workers: int) -> None:
+    def __init__(self, initialize: Callable[[], Callable[[Task], Result]], workers: int, in_hand: int = 2) -> None:
         """Prepares the pool; processes start on entering.
 
         Args:
-            tokenizer: The tokenizer; each process loads it anew from its path.
+            initialize: Called once in each worker; gives the function that turns a task into its result. It, the
+                tasks and the results can be pickled.
             workers: Number of processes, at least 1.
+            in_hand: Tasks that a worker has at once. With 2 it never waits for the next; with 1 no task waits
+                behind another one while some worker is idle, which suits few long tasks.
         """
-        self._tokenizer = tokenizer
+        self._initialize = initialize
         self._workers = workers
+        self._in_hand = in_hand
+        self._function: Callable[[Task], Result] | None = None
         self._processes: list[SpawnProcess] = []
-        self._connections: list[Connection[Sequence[str], Encoded | Exception]] = []
+        self._connections: list[Connection[Any, Any]] = []
 
-    def __enter__(self) -> "EncodingPool[Batch]":
+    def __enter__(self) -> "WorkerPool[Task, Result]":
         """Starts the processes."""
-        if self._workers > 1:
-            try:
-                self._start()
-            except BaseException:
-                self._stop()
-                raise
+        if self._workers == 1:
+            self._function = self._initialize()
+            return self
+        try:
+            self._start()
+        except BaseException:
+            self._stop()
+            raise
         return self
 
     def __exit__(
@@ -77,7 +71,7 @@ class EncodingPool(Generic[Batch]):
         try:
             for _ in range(self._workers):
                 ours, theirs = context.Pipe()
-                process = context.Process(target=_serve, args=(theirs, self._tokenizer.path), daemon=True)
+                process = context.Process(target=_serve, args=(theirs, self._initialize), daemon=True)
                 self._connections.append(ours)
                 process.start()
                 self._processes.append(process)
@@ -93,94 +87,104 @@ class EncodingPool(Generic[Batch]):
         for process in self._processes:
             process.join()
 
-    def encode(self, batches: Iterable[Batch]) -> Iterator[tuple[Batch, Encoded]]:
-        """Encodes batches.
+    def map(self, tasks: Iterable[Task], ordered: bool = True) -> Iterator[tuple[Task, Result]]:
+        """Runs the function over tasks, which are drawn as workers get free.
 
         Args:
-            batches: Batches of documents.
+            tasks: What to do.
+            ordered: Whether results come in the order of the tasks, or as they are ready.
 
         Yields:
-            Each batch with the token ids of its documents, in the order of the input.
+            Each task with its result.
 
         Raises:
             DataError: A worker died.
+            Exception: Whatever the function raised.
         """
-        if self._workers == 1:
-            for batch in batches:
-                yield batch, encode_texts(self._tokenizer, batch.texts)
+        if self._function is None:
+            yield from self._map_in_workers(tasks, ordered)
         else:
-            yield from self._encode_in_workers(batches)
+            for task in tasks:
+                yield task, self._function(task)
 
-    def _encode_in_workers(self, batches: Iterable[Batch]) -> Iterator[tuple[Batch, Encoded]]:
-        numbered = enumerate(batches)
-        waiting: dict[int, Batch] = {}
-        finished: dict[int, Encoded] = {}
-        busy: dict[Connection[Sequence[str], Encoded | Exception], int] = {}
-        idle = list(self._connections)
+    def _map_in_workers(self, tasks: Iterable[Task], ordered: bool) -> Iterator[tuple[Task, Result]]:
+        numbered = enumerate(tasks)
+        waiting: dict[int, Task] = {}
+        finished: dict[int, Result] = {}
+        in_hand: dict[Connection[Any, Any], list[int]] = {connection: [] for connection in self._connections}
         oldest = 0
         while True:
-            # A worker gets its next batch only after its last result was taken, so neither side blocks on a full pipe.
-            while idle and len(waiting) < BATCHES_AHEAD * self._workers and (item := next(numbered, None)):
-                number, batch = item
-                waiting[number] = batch
-                connection = idle.pop()
-                _send(connection, batch.texts)
-                busy[connection] = number
-            if oldest in finished:
-                yield waiting.pop(oldest), finished.pop(oldest)
+            while len(waiting) < TASKS_AHEAD * self._workers:
+                connection = min(in_hand, key=lambda connection: len(in_hand[connection]))
+                if len(in_hand[connection]) == self._in_hand or (item := next(numbered, None)) is None:
+                    break
+                number, task = item
+                waiting[number] = task
+                _send(connection, task)
+                in_hand[connection].append(number)
+            number = oldest if ordered else next(iter(finished), -1)
+            if number in finished:
+                yield waiting.pop(number), finished.pop(number)
                 oldest += 1
-            elif busy:
-                for ready in wait(list(busy)):
-                    connection = next(other for other in busy if other is ready)
-                    finished[busy.pop(connection)] = _receive(connection)
-                    idle.append(connection)
+            elif busy := [connection for connection, numbers in in_hand.items() if numbers]:
+                for ready in cast("list[Connection[Any, Any]]", wait(busy)):
+                    finished[in_hand[ready].pop(0)] = _receive(ready)
             else:
                 return
 
 
-def encode_texts(tokenizer: Tokenizer, texts: Sequence[str]) -> Encoded:
-    """Encodes documents into arrays.
-
-    Args:
-        tokenizer: The tokenizer.
-        texts: The documents.
-
-    Returns:
-        [tokens] ids of each document.
-    """
-    return [np.asarray(ids, dtype=np.uint32) for ids in tokenizer.encode_batch(texts)]
-
-
-def _serve(connection: "Connection[Encoded | Exception, Sequence[str]]", tokenizer_path: Path) -> None:
+def _serve(connection: "Connection[Any, Any]", initialize: Callable[[], Callable[[Any], Any]]) -> None:
     """Runs in a worker until the other end of the pipe closes, also by the death of its process."""
     # The workers are the parallelism; threads of the tokenizer library would only get in each other's way.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    with contextlib.suppress(EOFError, OSError):
-        tokenizer = load_tokenizer(tokenizer_path)
-        while True:
-            texts = connection.recv()
-            try:
-                connection.send(encode_texts(tokenizer, texts))
-            except Exception as error:
-                connection.send(error)
+    tasks: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    # A thread that always takes what comes: otherwise both sides could block on a full pipe.
+    threading.Thread(target=_receive_tasks, args=(connection, tasks), daemon=True).start()
+    function: Callable[[Any], Any] | None = None
+    while True:
+        task = tasks.get()
+        try:
+            function = function or initialize()
+            result = function(task)
+        except Exception as error:
+            result = _Failure(error)
+        try:
+            connection.send(result)
+        except OSError:
+            return
 
 
-def _send(connection: "Connection[Sequence[str], Encoded | Exception]", texts: Sequence[str]) -> None:
+class _Failure:
+    """An exception on its way to the other process."""
+
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+
+
+def _receive_tasks(connection: "Connection[Any, Any]", tasks: "queue.SimpleQueue[Any]") -> None:
     try:
-        connection.send(texts)
+        while True:
+            tasks.put(connection.recv())
+    except (EOFError, OSError):
+        os._exit(0)  # Nobody waits for the result of the task at hand any more.
+
+
+def _send(connection: "Connection[Any, Any]", task: object) -> None:
+    try:
+        connection.send(task)
     except OSError:
         raise _worker_died() from None
 
 
-def _receive(connection: "Connection[Sequence[str], Encoded | Exception]") -> Encoded:
+def _receive(connection: "Connection[Any, Any]") -> Any:
     try:
         result = connection.recv()
     except (EOFError, OSError):
         raise _worker_died() from None
-    if isinstance(result, Exception):
-        raise result
+    if isinstance(result, _Failure):
+        raise result.error
     return result
 
 
 def _worker_died() -> DataError:
-    return DataError("a tokenizer worker was killed, most likely for lack of memory; run again with fewer --workers")
+    return DataError("a worker was killed, most likely for lack of memory; run again with fewer --workers")

@@ -194,7 +194,7 @@ def test_a_dead_worker_is_reported(preparation: Preparation) -> None:
     os.kill(workers[0], signal.SIGKILL)
     _, errors = preparation.process.communicate(timeout=30)
     assert preparation.process.returncode == 2
-    assert errors.startswith("error: a tokenizer worker was killed")
+    assert errors.startswith("error: a worker was killed")
     wait_for(lambda: not preparation.members())
 
 
