@@ -1,158 +1,35 @@
-"""Writes and reads shards: plain WebDataset tars of tokenized documents."""
+"""Reads and checks shards: plain WebDataset tars of tokenized documents."""
 
 import io
 import os
-import tarfile
 import weakref
-from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from data.errors import DataError
-from data.files import fsync_path, sha256_of_file
+from data.files import sha256_of_file
 from data.manifest import Manifest, ShardRecord, read_manifest
 
-TOKENS_MEMBER = "tokens.npy"
-LENGTHS_MEMBER = "doc_lengths.npy"
-# Documents are grouped into samples of about this many tokens (2 MB as uint16).
-SAMPLE_TOKENS = 2**20
 SPLITS = ("train", "validation")
 PREPARE_AGAIN = "prepare the data again with tools/prepare_data.py, or copy it again from its source"
 
 
-class ShardWriter:
-    """Writes one shard under a temporary name; `finish` gives it its name once all of it is on disk."""
-
-    def __init__(self, directory: Path, index: int, dtype: str) -> None:
-        """Opens the shard.
-
-        Args:
-            directory: The split's directory.
-            index: Number of the shard in the split.
-            dtype: `uint16` or `uint32`.
-        """
-        # Imported here because webdataset imports torch, which readers and tokenizer workers do without.
-        from webdataset.writer import TarWriter
-
-        self.tokens = 0
-        self._directory = directory
-        self._index = index
-        self._dtype = np.dtype(dtype).newbyteorder("<")
-        self._temporary = directory / f".{self._name}.tar.tmp"
-        self._file = open(self._temporary, "wb")  # noqa: SIM115  closed by finish or abandon
-        # Fixed time and owner: equal documents give equal bytes.
-        self._tar = TarWriter(self._file, user="", group="", mtime=0, encoder=False)
-        self._group: list[NDArray[np.uint32]] = []
-        self._group_tokens = 0
-        self._lengths: list[int] = []
-        self._samples = 0
-
-    @property
-    def _name(self) -> str:
-        return f"shard-{self._index:05d}"
-
-    def add(self, tokens: NDArray[np.uint32]) -> None:
-        """Appends a document.
-
-        Args:
-            tokens: Its token ids, without end of text; at least one.
-        """
-        self._group.append(tokens)
-        self._group_tokens += len(tokens)
-        self._lengths.append(len(tokens))
-        self.tokens += len(tokens)
-        if self._group_tokens >= SAMPLE_TOKENS:
-            self._write_sample()
-
-    def _write_sample(self) -> None:
-        lengths = [len(document) for document in self._group]
-        tokens = np.concatenate(self._group).astype(self._dtype)
-        self._tar.write(
-            {
-                "__key__": f"{self._index:05d}-{self._samples:05d}",
-                TOKENS_MEMBER: npy_bytes(tokens),
-                LENGTHS_MEMBER: npy_bytes(np.asarray(lengths, dtype="<u4")),
-            }
-        )
-        self._samples += 1
-        self._group, self._group_tokens = [], 0
-
-    def finish(self) -> ShardRecord:
-        """Completes the shard and its sidecar.
-
-        Returns:
-            The shard's entry for the manifest.
-        """
-        if self._group:
-            self._write_sample()
-        self._tar.close()
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
-        lengths_path = self._directory / f"{self._name}.lengths.npy"
-        with open(lengths_path, "wb") as file:
-            file.write(npy_bytes(np.asarray(self._lengths, dtype="<u4")))
-            file.flush()
-            os.fsync(file.fileno())
-        path = self._directory / f"{self._name}.tar"
-        os.replace(self._temporary, path)
-        fsync_path(self._directory)
-        return _record(path, lengths_path, self._lengths, self._dtype)
-
-    def abandon(self) -> None:
-        """Deletes the unfinished shard."""
-        # Before its file: a tar stream that is still open writes its buffer when it is collected.
-        with suppress(Exception):
-            self._tar.close()
-        self._file.close()
-        self._temporary.unlink(missing_ok=True)
-
-
-def npy_bytes(array: NDArray[np.generic]) -> bytes:
-    """Serializes an array in NumPy's .npy format.
+def npy_header(shape: tuple[int, ...], dtype: np.dtype[np.generic]) -> bytes:
+    """The bytes that stand before the values of an array in NumPy's .npy format.
 
     Args:
-        array: Any array without objects.
+        shape: Shape of the array.
+        dtype: Type of its values.
 
     Returns:
-        The bytes of the file.
+        Magic number, version and header.
     """
     buffer = io.BytesIO()
-    np.save(buffer, array, allow_pickle=False)
+    header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(buffer, header)
     return buffer.getvalue()
-
-
-def _record(path: Path, lengths_path: Path, lengths: list[int], dtype: np.dtype[np.generic]) -> ShardRecord:
-    offsets, counts = _index_samples(path, dtype.itemsize)
-    return ShardRecord(
-        file=path.name,
-        documents=len(lengths),
-        tokens=sum(lengths),
-        bytes=path.stat().st_size,
-        sha256=sha256_of_file(path),
-        lengths_file=lengths_path.name,
-        lengths_bytes=lengths_path.stat().st_size,
-        lengths_sha256=sha256_of_file(lengths_path),
-        sample_offsets=tuple(offsets),
-        sample_tokens=tuple(counts),
-    )
-
-
-def _index_samples(path: Path, item_bytes: int) -> tuple[list[int], list[int]]:
-    """Finds, by reading the finished tar, where the raw tokens of each sample lie."""
-    offsets, counts = [], []
-    with tarfile.open(path, "r:") as tar, open(path, "rb") as file:
-        for member in tar:
-            if not member.name.endswith(TOKENS_MEMBER):
-                continue
-            file.seek(member.offset_data)
-            np.lib.format.read_magic(file)
-            np.lib.format.read_array_header_1_0(file)
-            offsets.append(file.tell())
-            counts.append((member.offset_data + member.size - file.tell()) // item_bytes)
-    return offsets, counts
 
 
 class ShardReader:
@@ -179,6 +56,20 @@ class ShardReader:
             raise DataError(f"shard {path} cannot be opened ({error.strerror}); {PREPARE_AGAIN}") from None
         # Closed with the last reference, because another thread may still be reading.
         weakref.finalize(self, os.close, self._descriptor)
+        for sample in {0, len(record.sample_offsets) - 1}:
+            self._check_header(sample, record)
+
+    def _check_header(self, sample: int, record: ShardRecord) -> None:
+        """Finds a manifest of another shard, a lost member or another dtype before wrong tokens are read."""
+        expected = npy_header((record.sample_tokens[sample],), self._dtype)
+        found = np.empty(len(expected), dtype=np.uint8)
+        begin = record.sample_offsets[sample] - len(expected)
+        self._read_into(found, begin)
+        if found.tobytes() != expected:
+            raise DataError(
+                f"shard {self._path} does not hold sample {sample} as {record.sample_tokens[sample]} tokens of "
+                f"{self._dtype.name} at byte {begin}, as its manifest says; {PREPARE_AGAIN}"
+            )
 
     def read(self, start: int, stop: int) -> NDArray[np.unsignedinteger]:
         """Reads tokens [start, stop) of all documents of the shard laid end to end.
@@ -230,7 +121,22 @@ def read_document_lengths(directory: Path, record: ShardRecord) -> NDArray[np.in
     Raises:
         DataError: The sidecar is missing or contradicts the manifest.
     """
-    path = directory / record.lengths_file
+    return parse_document_lengths(directory / record.lengths_file, record)
+
+
+def parse_document_lengths(path: Path, record: ShardRecord) -> NDArray[np.int64]:
+    """Reads the sidecar of a shard, whatever its file is called.
+
+    Args:
+        path: The sidecar.
+        record: The shard's entry in the manifest.
+
+    Returns:
+        [documents] number of tokens of each document.
+
+    Raises:
+        DataError: The sidecar is missing or contradicts the manifest.
+    """
     try:
         lengths: NDArray[np.int64] = np.load(path, allow_pickle=False).astype(np.int64)
     except (OSError, ValueError, EOFError) as error:

@@ -39,7 +39,7 @@ def build_shards(
         directory: Where the shards go; made if absent, and anything else in it is deleted.
         journal_path: File that lists finished shards, outside `directory`.
         tasks: What each shard is made of; can be pickled.
-        build: Writes a shard with `data.shards.ShardWriter` from (task, directory, index of the task), a pure
+        build: Writes a shard with `data.shard_writer.ShardWriter` from (task, directory, index of the task), a pure
             function of the task; can be pickled.
         workers: Number of processes, at least 1.
         progress: Called with each shard, first with those of earlier calls.

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from data.manifest import ShardRecord
 from data.preparation.journal import Journal
 from data.preparation.parallel_shards import is_intact, remove_all_but, remove_temporary_files
-from data.shards import ShardWriter
+from data.shard_writer import ShardWriter
 
 JOURNAL_NAME = "finished_shards.jsonl"
 

@@ -8,7 +8,7 @@ import numpy as np
 from data.files import sha256_of_file
 from data.manifest import FORMAT_VERSION, Manifest, dtype_for, write_manifest
 from data.preparation.split_writer import SplitWriter
-from data.shards import ShardWriter
+from data.shard_writer import ShardWriter
 
 # Documents of consecutive ids make each token recognizable; id 0 is the end of text.
 EOS_ID = 0

@@ -8,7 +8,8 @@ import pytest
 
 from data.errors import DataError
 from data.manifest import MANIFEST_NAME, dtype_for, read_manifest
-from data.shards import SAMPLE_TOKENS, ShardReader, ShardWriter, read_document_lengths, verify_shards
+from data.shard_writer import SAMPLE_TOKENS, ShardWriter
+from data.shards import ShardReader, read_document_lengths, verify_shards
 from tests.data.builders import numbered_documents, write_shard, write_split
 
 
@@ -124,3 +125,15 @@ def test_manifests_are_checked(tmp_path: Path, change: dict[str, object], messag
     path.write_text("{")
     with pytest.raises(DataError, match="damaged"):
         read_manifest(tmp_path / "train")
+
+
+@pytest.mark.parametrize(("dtype", "vocab_size", "token"), [("uint16", 300, 300), ("uint16", None, 2**16)])
+def test_a_token_outside_the_vocabulary_is_not_written(
+    tmp_path: Path, dtype: str, vocab_size: int | None, token: int
+) -> None:
+    writer = ShardWriter(tmp_path, 0, dtype, vocab_size)
+    writer.add(np.array([1, token], dtype=np.uint32))
+    with pytest.raises(DataError, match=f"token id {token} is outside the vocabulary of {token} that .* is made for"):
+        writer.finish()
+    writer.abandon()
+    assert not list(tmp_path.iterdir())
