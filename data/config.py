@@ -149,3 +149,8 @@ def _check_stages(sources: dict[str, SourceConfig] | dict[str, None], stages: tu
             )
         if not any(stage.weights.values()) or min(stage.weights.values()) < 0:
             raise ValueError(f"the stage from_tokens={begin} needs weights of at least 0, one of them above 0")
+
+
+def is_remote(location: str) -> bool:
+    """Whether the location of a corpus is a URL rather than a path."""
+    return "://" in location or location.startswith("pipe:")

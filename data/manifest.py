@@ -103,6 +103,21 @@ def read_manifest(directory: Path) -> Manifest:
     path = directory / MANIFEST_NAME
     if not path.is_file():
         raise DataError(f"{directory} holds no {MANIFEST_NAME}; make the shards with tools/prepare_data.py")
+    return parse_manifest(path)
+
+
+def parse_manifest(path: Path) -> Manifest:
+    """Reads and checks a manifest, whatever its file is called.
+
+    Args:
+        path: The file.
+
+    Returns:
+        The manifest.
+
+    Raises:
+        DataError: It is damaged, of another version, or has an unknown dtype.
+    """
     manifest = parse_model(Manifest, path)
     if manifest.format_version != FORMAT_VERSION:
         raise DataError(

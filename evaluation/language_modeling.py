@@ -6,7 +6,7 @@ could reach at best), and the loss when every sequence is given the context embe
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -87,7 +87,7 @@ def evaluate_language_modeling(
     frequencies = torch.zeros(config.vocab_size, dtype=torch.int64, device=device)
     for batch in _batches(stream, num_sequences, batch_size, device):
         inputs = prepare_inputs(config, batch)
-        counted = target_mask(config, batch.mask & _from(skip_tokens, batch.mask))
+        counted = target_mask(config, replace(batch, mask=batch.mask & _from(skip_tokens, batch.mask)))
         normal += loss_sums(config, stage.run(None, inputs), counted)
         frequencies += torch.bincount(inputs.targets[counted], minlength=config.vocab_size)
         if config.is_block:
@@ -130,7 +130,9 @@ def _batches(stream: SequenceStream, num_sequences: int, batch_size: int, device
     stop = min(num_sequences, stream.sequences_per_epoch)
     for start in range(0, stop - batch_size + 1, batch_size):
         sequences = stream.read(start, batch_size)
-        yield MicroBatch(torch.from_numpy(sequences.token_ids).to(device), torch.from_numpy(sequences.mask).to(device))
+        documents = None if sequences.documents is None else torch.from_numpy(sequences.documents).to(device)
+        token_ids, mask = torch.from_numpy(sequences.token_ids), torch.from_numpy(sequences.mask)
+        yield MicroBatch(token_ids.to(device), mask.to(device), documents)
 
 
 def _mean(sums: LossSums) -> float:

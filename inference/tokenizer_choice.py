@@ -4,7 +4,7 @@ from pathlib import Path
 
 from data.config import DataConfig
 from data.errors import DataError
-from data.manifest import read_manifest
+from data.streaming.corpus_tokenizer import tokenizer_file
 from data.tokenizer import Tokenizer, load_tokenizer
 from inference.errors import InferenceError
 from parallel.config import ModelConfig
@@ -19,8 +19,9 @@ def tokenizer_of(model: ModelConfig, data: DataConfig | None, path: Path | None 
         path: Tokenizer file to use instead of the one recorded there.
 
     Raises:
-        InferenceError: The training data is gone or unknown, or the tokenizer has more tokens than the model.
-        DataError: The tokenizer cannot be read, or is not the one the training data was made with.
+        InferenceError: The training data is gone or unknown, or the tokenizer has more tokens than the model, or is
+            not the one the training data was made with.
+        DataError: The tokenizer at `path` cannot be read.
     """
     if path is not None:
         tokenizer = load_tokenizer(path)
@@ -40,16 +41,9 @@ def tokenizer_of(model: ModelConfig, data: DataConfig | None, path: Path | None 
 
 def _recorded_tokenizer(data: DataConfig) -> Tokenizer:
     try:
-        manifest = read_manifest(data.path / "train")
-    except DataError:
+        return load_tokenizer(tokenizer_file(data))
+    except DataError as error:
         raise InferenceError(
-            f"the model was trained on data.path={data.path}, which is not there now, so its tokenizer is unknown; "
-            "give it with --tokenizer FILE"
+            f"the tokenizer of the data that the model was trained on cannot be had: {error}; or give it with "
+            "--tokenizer FILE"
         ) from None
-    tokenizer = load_tokenizer(data.tokenizer or data.path / manifest.tokenizer_file)
-    if tokenizer.fingerprint != manifest.tokenizer_fingerprint:
-        raise DataError(
-            f"tokenizer {tokenizer.path} is not the one the shards in {data.path} were made with; restore that, or "
-            "give it with --tokenizer FILE"
-        )
-    return tokenizer

@@ -21,10 +21,13 @@ class MicroBatch:
     Attributes:
         token_ids: int64 [B, S]; padded slots hold the end-of-text id: the embedder sees them in partly padded blocks.
         mask: bool [B, S]; False marks padding.
+        documents: int64 [B, S], equal for slots of one document, padding included: documents are kept apart; a block
+            belongs to one document. None: a sequence is one text.
     """
 
     token_ids: Tensor
     mask: Tensor
+    documents: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -48,9 +51,9 @@ class ModelInputs:
     token_mask: Tensor
 
 
-def count_targets(config: ModelConfig, mask: Tensor) -> Tensor:
-    """Number of valid targets in a mask [B, S]: real tokens outside the first block (vanilla: the first token)."""
-    return mask[:, config.unit_length :].sum()
+def count_targets(config: ModelConfig, batch: MicroBatch) -> Tensor:
+    """Number of valid targets."""
+    return target_mask(config, batch).sum()
 
 
 def prepare_inputs(config: ModelConfig, batch: MicroBatch) -> ModelInputs:
@@ -58,9 +61,23 @@ def prepare_inputs(config: ModelConfig, batch: MicroBatch) -> ModelInputs:
     return _block_inputs(config, batch) if config.is_block else _vanilla_inputs(config, batch)
 
 
-def target_mask(config: ModelConfig, mask: Tensor) -> Tensor:
-    """Which targets are valid, laid out like ModelInputs.targets, for a mask [B, S] of real tokens."""
-    return _targets(config, mask)
+def target_mask(config: ModelConfig, batch: MicroBatch) -> Tensor:
+    """Which targets are valid, laid out like ModelInputs.targets.
+
+    These are real tokens outside the first block (vanilla: but the first token). Of documents that are kept apart, the
+    first block (token) is left out too: what stands before it is of another document.
+    """
+    if batch.documents is None:
+        return _targets(config, batch.mask)
+    documents = _unit_documents(config, batch.documents)
+    continues = torch.zeros_like(documents, dtype=torch.bool)
+    continues[:, 1:] = documents[:, 1:] == documents[:, :-1]
+    return _targets(config, batch.mask & continues.repeat_interleave(config.unit_length, dim=1))
+
+
+def _unit_documents(config: ModelConfig, documents: Tensor) -> Tensor:
+    """Documents [B, S] of the positions of the global decoder: [B, N] for block models, [B, S] for vanilla."""
+    return documents[:, :: config.unit_length]
 
 
 def _targets(config: ModelConfig, values: Tensor) -> Tensor:
@@ -74,13 +91,12 @@ def _targets(config: ModelConfig, values: Tensor) -> Tensor:
 def _block_inputs(config: ModelConfig, batch: MicroBatch) -> ModelInputs:
     blocks = batch.token_ids.view(len(batch.token_ids), -1, config.block_length)
     mask = batch.mask.view_as(blocks)
-    valid = target_mask(config, batch.mask)
     return ModelInputs(
         token_ids=blocks,
-        global_mask=_causal_mask(mask.any(dim=2)),
-        local_mask=_local_mask(config, valid, num_sequences=len(blocks)),
+        global_mask=_causal_mask(config, mask.any(dim=2), batch.documents),
+        local_mask=_local_mask(config, _targets(config, batch.mask), num_sequences=len(blocks)),
         targets=_targets(config, batch.token_ids),
-        target_mask=valid,
+        target_mask=target_mask(config, batch),
         token_mask=mask,
     )
 
@@ -88,10 +104,10 @@ def _block_inputs(config: ModelConfig, batch: MicroBatch) -> ModelInputs:
 def _vanilla_inputs(config: ModelConfig, batch: MicroBatch) -> ModelInputs:
     return ModelInputs(
         token_ids=batch.token_ids,
-        global_mask=_causal_mask(batch.mask),
+        global_mask=_causal_mask(config, batch.mask, batch.documents),
         local_mask=None,
         targets=_targets(config, batch.token_ids),
-        target_mask=target_mask(config, batch.mask),
+        target_mask=target_mask(config, batch),
         token_mask=batch.mask,
     )
 
@@ -103,27 +119,31 @@ def _next(values: Tensor) -> Tensor:
     return shifted
 
 
-def _causal_mask(valid: Tensor) -> Tensor | None:
-    """Causal attention over [B, N] that skips padded keys; None when nothing is padded.
+def _causal_mask(config: ModelConfig, valid: Tensor, documents: Tensor | None) -> Tensor | None:
+    """Causal attention over [B, N] that skips padded keys and other documents; None when it is plainly causal.
 
-    A query with no real key before it (leading padding) attends to itself, so that no future leaks in.
+    A query with no real key before it (leading padding) attends to itself, so that no future leaks in. Rotary positions
+    are relative, so inside a document they are as if it stood alone.
     """
-    if bool(valid.all()):
+    units = None if documents is None else _unit_documents(config, documents)
+    if bool(valid.all()) and (units is None or bool((units == units[:, :1]).all())):
         return None
     size = valid.shape[1]
     causal = torch.ones(size, size, dtype=torch.bool, device=valid.device).tril()
     allowed = causal & valid[:, None, :]
+    if units is not None:
+        allowed &= units[:, :, None] == units[:, None, :]
     empty = ~allowed.any(dim=2, keepdim=True)
     itself = torch.eye(size, dtype=torch.bool, device=valid.device)
     return (allowed | (empty & itself))[:, None]
 
 
-def _local_mask(config: ModelConfig, target_mask: Tensor, num_sequences: int) -> Tensor | None:
+def _local_mask(config: ModelConfig, real: Tensor, num_sequences: int) -> Tensor | None:
     """Causal attention inside each block [rows, L]: context and real earlier tokens; None when all tokens are real.
 
     The last row of each sequence has no target, so it does not matter what it attends to.
     """
-    tokens = target_mask[:, :-1]
+    tokens = real[:, :-1]
     if bool(tokens[:-num_sequences].all()):
         return None
     leading = tokens.new_ones(tokens.shape[0], config.leading_positions)

@@ -124,6 +124,6 @@ def _scaled_loss(
     config: ModelConfig, batch: MicroBatch, scale: float, token_loss: Tensor
 ) -> tuple[Tensor, Tensor, LossSums]:
     """Loss in the three-value form, which Megatron-core does not divide by the number of micro-batches."""
-    valid = target_mask(config, batch.mask)
+    valid = target_mask(config, batch)
     sums = loss_sums(config, token_loss, valid)
     return masked_loss(token_loss, valid) * scale, valid.sum().to(torch.int), sums

@@ -16,7 +16,13 @@ def micro_batch_rows(global_batch: int, data_size: int, data_rank: int, micro_ba
 def split_global_batch(batch: MicroBatch, data_size: int, data_rank: int, micro_batch_size: int) -> list[MicroBatch]:
     """This rank's micro-batches of a whole global batch [global batch size, S]."""
     rows = micro_batch_rows(len(batch.token_ids), data_size, data_rank, micro_batch_size)
-    return [MicroBatch(batch.token_ids[row.start : row.stop], batch.mask[row.start : row.stop]) for row in rows]
+    return [_rows(batch, row) for row in rows]
+
+
+def _rows(batch: MicroBatch, rows: range) -> MicroBatch:
+    chosen = slice(rows.start, rows.stop)
+    documents = None if batch.documents is None else batch.documents[chosen]
+    return MicroBatch(batch.token_ids[chosen], batch.mask[chosen], documents)
 
 
 def read_micro_batches(
@@ -27,4 +33,6 @@ def read_micro_batches(
 
 
 def _to_device(sequences: PackedSequences, device: torch.device) -> MicroBatch:
-    return MicroBatch(torch.from_numpy(sequences.token_ids).to(device), torch.from_numpy(sequences.mask).to(device))
+    documents = None if sequences.documents is None else torch.from_numpy(sequences.documents).to(device)
+    token_ids, mask = torch.from_numpy(sequences.token_ids), torch.from_numpy(sequences.mask)
+    return MicroBatch(token_ids.to(device), mask.to(device), documents)

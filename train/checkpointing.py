@@ -35,7 +35,7 @@ class Progress:
         step: steps done.
         optimizer_steps: updates done; fewer than step if a batch had no valid target.
         consumed_sequences: position in the stream of sequences.
-        stream: fingerprint of that stream.
+        stream: what that stream is made of (data.streaming.identity.StreamIdentity as JSON).
         skipped_steps: steps without an update because something was not finite, or the loss a spike.
         skipped_in_a_row: those of them directly before this point.
         left_out: positions in the stream whose global batches are not read again after a roll-back.
@@ -46,7 +46,7 @@ class Progress:
     step: int
     optimizer_steps: int
     consumed_sequences: int
-    stream: str
+    stream: dict[str, Any]
     skipped_steps: int = 0
     skipped_in_a_row: int = 0
     left_out: tuple[int, ...] = ()

@@ -191,7 +191,16 @@ class RunConfig(BaseModel):
                 f"optimizer.warmup_steps={self.optimizer.warmup_steps} must be below train.steps={self.train.steps}"
             )
         self._check_precision()
+        self._check_isolation()
         return self
+
+    def _check_isolation(self) -> None:
+        mixing = [name for name, source in self.data.corpora.items() if not self.data.pads_to_block_boundary(source)]
+        if self.data.isolate_documents and self.model.unit_length > 1 and mixing:
+            raise ValueError(
+                "data.isolate_documents=true needs data.pad_to_block_boundary=true, but it is false for the source "
+                f"{', '.join(mixing)}: a block of two documents belongs to neither; change either"
+            )
 
     def _check_precision(self) -> None:
         if self.train.precision != "bf16":

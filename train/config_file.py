@@ -10,10 +10,19 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from data.config import is_remote
 from parallel.errors import ConfigurationError
 from train.config import REPOSITORY, RunConfig
 
-PATH_FIELDS = (("run", "root"), ("run", "initial_weights"), ("data", "path"), ("data", "tokenizer"))
+# Fields that hold a path, and sections; * stands for every name.
+PATH_FIELDS = (
+    "run.root",
+    "run.initial_weights",
+    "data.path",
+    "data.sources.*.path",
+    "data.tokenizer",
+    "data.cache.directory",
+)
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -55,10 +64,25 @@ def recorded_config(path: Path) -> RunConfig:
 
 def _resolve_paths(values: dict[str, Any], folder: Path) -> None:
     """Makes the relative paths among the values absolute, in place."""
-    for section, field in PATH_FIELDS:
-        if isinstance(values.get(section), dict) and isinstance(values[section].get(field), str):
-            path = os.path.expanduser(values[section][field])  # a shell leaves the ~ of data.path=~/shards alone
-            values[section] = {**values[section], field: str(folder / path)}
+    for name in PATH_FIELDS:
+        *sections, field = name.split(".")
+        for section in _sections(values, sections):
+            if isinstance(section.get(field), str) and not is_remote(section[field]):
+                # A shell leaves the ~ of data.path=~/shards alone.
+                section[field] = str(folder / os.path.expanduser(section[field]))
+
+
+def _sections(values: dict[str, Any], names: list[str]) -> list[dict[str, Any]]:
+    """Copies of the sections of that name, put in the place of the originals."""
+    sections = [values]
+    for name in names:
+        parents, sections = sections, []
+        for parent in parents:
+            for key in list(parent) if name == "*" else [name]:
+                if isinstance(parent.get(key), dict):
+                    parent[key] = dict(parent[key])
+                    sections.append(parent[key])
+    return sections
 
 
 def config_text(config: RunConfig) -> str:

@@ -21,14 +21,18 @@ from parallel.errors import ConfigurationError
 from train.config import RunConfig
 from train.config_file import config_text
 
-# What may differ between attempts of one run: the result is the same, or the data's fingerprint decides.
+# What may differ between attempts of one run: the result is the same, or the identity of the data decides.
 CHANGEABLE = (
     "run.name",
     "run.root",
     "run.initial_weights",  # read before the first step only
     "parallel.",
     "data.path",
+    "data.sources",
+    "data.stages",
     "data.tokenizer",
+    "data.cache.",
+    "data.bad_shards",
     "train.stop_step",
     "train.micro_batch_size",
     "train.cpu_threads",

@@ -2,7 +2,7 @@
 
 Losses, clipped gradient norms, gradients and updated weights over a few optimizer steps, with gradient accumulation,
 micro-batches of one sequence, an odd number of target blocks, ragged padding, a micro-batch and a whole data-parallel
-rank without a single valid target.
+rank without a single valid target; in every other step documents are kept apart.
 """
 
 import math
@@ -91,7 +91,10 @@ class Comparison:
 
 
 def selftest_batch(config: ModelConfig, step: int) -> MicroBatch:
-    """Global batch of one step: ragged padding; sequence 3 never has a target, and in step 1 no odd sequence has."""
+    """Global batch of one step: ragged padding; sequence 3 never has a target, and in step 1 no odd sequence has.
+
+    In even steps each sequence holds three documents, kept apart.
+    """
     generator = torch.Generator().manual_seed(1234 + step)
     ids = torch.randint(1, config.vocab_size, (GLOBAL_BATCH, config.sequence_length), generator=generator)
     mask = torch.ones_like(ids, dtype=torch.bool)
@@ -101,7 +104,15 @@ def selftest_batch(config: ModelConfig, step: int) -> MicroBatch:
         mask[row, 13 : 13 + row % 4] = False
     empty = [3, *(range(1, GLOBAL_BATCH, 2) if step == 1 else [])]
     mask[empty, config.unit_length :] = False
-    return MicroBatch(ids.to(compute_device()), mask.to(compute_device()))
+    documents = _three_documents(config).to(compute_device()) if step % 2 == 0 else None
+    return MicroBatch(ids.to(compute_device()), mask.to(compute_device()), documents)
+
+
+def _three_documents(config: ModelConfig) -> Tensor:
+    """Documents [B, S] that begin at other blocks in each sequence."""
+    units = torch.arange(config.sequence_length) // config.unit_length
+    first = 2 + torch.arange(GLOBAL_BATCH) % 3
+    return sum((units >= begin[:, None]).long() for begin in (first, first + 2))  # type: ignore[return-value]
 
 
 def baseline(config: ModelConfig) -> Trajectory:
@@ -113,8 +124,8 @@ def baseline(config: ModelConfig) -> Trajectory:
     result = Trajectory()
     for step in range(NUM_STEPS):
         batch = selftest_batch(config, step)
-        count = count_targets(config, batch.mask)
-        loss = masked_loss(stage(batch), target_mask(config, batch.mask)) / count
+        count = count_targets(config, batch)
+        loss = masked_loss(stage(batch), target_mask(config, batch)) / count
         optimizer.zero_grad()
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(stage.parameters(), OPTIMIZER.clip_gradient_norm)

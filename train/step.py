@@ -94,7 +94,7 @@ class StepEngine:
         return run_schedule(self.stage, self.parallel, micro_batches, forward_only=True, forward=forward)
 
     def _global_count(self, micro_batches: Sequence[MicroBatch]) -> int:
-        counts = [count_targets(self.model, batch.mask) for batch in micro_batches]
+        counts = [count_targets(self.model, batch) for batch in micro_batches]
         return int(sum_over_data_parallel(torch.stack(counts).sum()))
 
     def _backward(self, micro_batches: Sequence[MicroBatch], scale: float) -> LossSums:
@@ -113,7 +113,7 @@ class StepEngine:
         for index, batch in enumerate(micro_batches):
             self.engine.set_gradient_accumulation_boundary(index == len(micro_batches) - 1)
             token_loss: Tensor = self.engine(batch)
-            valid = target_mask(self.model, batch.mask)
+            valid = target_mask(self.model, batch)
             self.engine.backward(masked_loss(token_loss, valid) * scale, scale_wrt_gas=False)
             sums += loss_sums(self.model, token_loss, valid)
         return sums

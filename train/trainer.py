@@ -13,7 +13,6 @@ from checkpoints.fragments import FragmentReader
 from checkpoints.store import LoadedCheckpoint
 from parallel.config import ParallelConfig
 from parallel.cpu_adaptation import compute_device
-from parallel.errors import ConfigurationError
 from parallel.stage import build_stage
 from parallel.topology import Coordinates
 from train.attempts import UNKNOWN_END, AttemptRecord, read_attempts
@@ -31,7 +30,7 @@ from train.schedule import learning_rate
 from train.stability import LossWatch, Verdict
 from train.startup import StartupClock
 from train.step import StepEngine, Update
-from train.streams import open_stream
+from train.streams import continued, open_stream
 from train.throughput import SpeedMeter
 from train.validation import ValidationSet
 
@@ -86,7 +85,7 @@ class Trainer:
         self.directory = RunDirectory(config)
         on_rank_zero(self.directory.open)
         self.stream = open_stream(config, "train")
-        self.progress = Progress(0, 0, 0, self.stream.fingerprint)
+        self.progress = Progress(0, 0, 0, self.stream.identity.model_dump(mode="json"))
         self.attempt: AttemptRecord | None = None
         self.guard = HangGuard(config.stability.hang_timeout_seconds, self._explain_hang)
         self.validation = ValidationSet(config, place) if config.validation.every else None
@@ -148,7 +147,7 @@ class Trainer:
     def _build(self, checkpoint: LoadedCheckpoint | None) -> None:
         config = self.config
         dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
-        beginning = Progress(0, 0, 0, self.stream.fingerprint)
+        beginning = Progress(0, 0, 0, self.stream.identity.model_dump(mode="json"))
         self.progress = self._checked_progress(checkpoint) if checkpoint else beginning
         self.watch.restore(self.progress.recent_losses)
         source = checkpoint.path if checkpoint else on_rank_zero(lambda: initial_weights(config))
@@ -170,13 +169,7 @@ class Trainer:
     def _checked_progress(self, checkpoint: LoadedCheckpoint) -> Progress:
         progress = progress_of(checkpoint)
         self.directory.check_against(checkpoint.metadata["config"])
-        if progress.stream != self.stream.fingerprint:
-            raise ConfigurationError(
-                f"run {self.config.run.name} was trained on other data: its checkpoint has the fingerprint "
-                f"{progress.stream}, {self.config.data.path} gives {self.stream.fingerprint}; restore the shards, "
-                "tokenizer and packing, or choose another run.name"
-            )
-        return progress
+        return replace(progress, stream=continued(self.stream, progress.stream, progress.consumed_sequences))
 
     def _announce(self, checkpoint: LoadedCheckpoint | None) -> None:
         if self.place.rank != 0:

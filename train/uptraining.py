@@ -19,7 +19,7 @@ from checkpoints.weights.conversion import Conversion, write_ours
 from checkpoints.weights.tensor_output import new_directory
 from checkpoints.weights.weight_source import CheckpointSource, WeightSource, open_vanilla_source, open_weight_source
 from data.errors import DataError
-from data.manifest import read_manifest
+from data.streaming.corpus_tokenizer import tokenizer_file
 from data.tokenizer import Tokenizer, load_tokenizer
 from inference.errors import InferenceError
 from inference.tokenizer_choice import tokenizer_of
@@ -112,10 +112,10 @@ def _check_tokenizer(vanilla: WeightSource, config: RunConfig) -> None:
         print(f"note: {vanilla.description} comes without a tokenizer; it is not compared with that of the data")
         return
     data = config.data
-    ours = load_tokenizer(data.tokenizer or data.path / read_manifest(data.path / "train").tokenizer_file)
+    ours = load_tokenizer(tokenizer_file(data))
     if theirs.encode(SAMPLE) != ours.encode(SAMPLE):
         raise ConfigurationError(
-            f"{vanilla.description} has the tokenizer {theirs.path}, data.path={data.path} was made with another "
+            f"{vanilla.description} has the tokenizer {theirs.path}, the data was made with another "
             f"({ours.path}): the same text has other token ids; prepare the data with {theirs.path}"
         )
 

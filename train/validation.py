@@ -1,6 +1,7 @@
 """Loss on the validation split: the same sequences each time, spread over the data-parallel ranks."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from parallel.cpu_adaptation import compute_device
 from parallel.inputs import MicroBatch
@@ -57,4 +58,4 @@ class ValidationSet:
         inside = [row < self.num_sequences for row in rows]
         if all(inside):
             return batch
-        return MicroBatch(batch.token_ids, batch.mask & batch.mask.new_tensor(inside)[:, None])
+        return replace(batch, mask=batch.mask & batch.mask.new_tensor(inside)[:, None])

@@ -4,8 +4,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
 
-from data.config import CacheConfig
+from data.config import CacheConfig, is_remote
 from data.errors import DataError
 from data.manifest import ShardRecord
 
@@ -55,11 +57,11 @@ class CorpusFiles(ABC):
 
     @abstractmethod
     def optional_metadata(self, name: str) -> Path | None:
-        """As `metadata`, but None if there is no such file; not tried twice."""
+        """As `metadata`, but None if there is no such file, or if that cannot be told from a failure."""
 
     @abstractmethod
     def path(self, file: FileIdentity) -> Path:
-        """A shard's file; of the right size, and if it was fetched, of the right checksum.
+        """A shard's file; of the right size, and if it was fetched, of the right checksum. To be opened at once.
 
         Raises:
             DataError: It is missing, has another size, or cannot be fetched.
@@ -142,9 +144,11 @@ def open_corpus(location: str, cache: CacheConfig) -> CorpusFiles:
     Raises:
         DataError: The directory does not exist, or nothing is known to fetch such a URL with.
     """
-    return LocalFiles(Path(location))
+    if location.startswith("file://"):
+        return LocalFiles(Path(url2pathname(urlsplit(location).path)))
+    if not is_remote(location):
+        return LocalFiles(Path(location))
+    # Imported here because it is a kind of corpus files itself.
+    from data.streaming.remote_files import RemoteFiles
 
-
-def is_remote(location: str) -> bool:
-    """Whether a location is a URL."""
-    return "://" in location or location.startswith("pipe:")
+    return RemoteFiles(location, cache)

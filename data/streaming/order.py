@@ -13,8 +13,8 @@ CACHED_WINDOWS = 4
 SHARD_STREAM, SEQUENCE_STREAM = 0, 1
 
 
-class SampleId(NamedTuple):
-    """Names one sequence of the endless stream.
+class SequencePlace(NamedTuple):
+    """Where one sequence of the endless stream lies.
 
     Attributes:
         epoch: Pass over the split, from 0.
@@ -85,24 +85,45 @@ class SequenceOrder:
         length = int(window_starts[window + 1] - window_starts[window])
         return random_permutation(length, self._seed, SEQUENCE_STREAM, epoch, window)
 
-    def sample_ids(self, position: int, count: int) -> list[SampleId]:
-        """Names the sequences at positions [position, position + count).
+    def place(self, position: int) -> SequencePlace:
+        """Finds the sequence at a position.
 
         Args:
-            position: First position; runs on over epochs.
-            count: Number of sequences.
+            position: Runs on over epochs.
 
         Returns:
-            `count` sample ids.
+            Epoch, shard and number in the shard.
         """
-        return [self._sample_id(index) for index in range(position, position + count)]
-
-    def _sample_id(self, position: int) -> SampleId:
         epoch, place = divmod(position, self.sequences_per_epoch)
         layout = self._epoch(epoch)
         if self._shuffle:
-            window = int(np.searchsorted(layout.window_starts, place, side="right")) - 1
+            window = _interval(layout.window_starts, place)
             window_start = int(layout.window_starts[window])
             place = window_start + int(self._window(epoch, window)[place - window_start])
-        rank = int(np.searchsorted(layout.starts, place, side="right")) - 1
-        return SampleId(epoch, int(layout.shards[rank]), place - int(layout.starts[rank]))
+        rank = _interval(layout.starts, place)
+        return SequencePlace(epoch, int(layout.shards[rank]), place - int(layout.starts[rank]))
+
+    def window(self, position: int) -> tuple[int, int]:
+        """Names the shuffle window that a position falls into, as (epoch, number in the epoch)."""
+        epoch, place = divmod(position, self.sequences_per_epoch)
+        return epoch, _interval(self._epoch(epoch).window_starts, place)
+
+    def shards_from(self, epoch: int, window: int, count: int) -> list[int]:
+        """Names the shards that are read from a window on, in the order in which windows need them.
+
+        Args:
+            epoch: Epoch of the window.
+            window: Its number in the epoch.
+            count: Shards beyond the window's own.
+
+        Returns:
+            The shards of the window, and `count` more at most, on into the next epoch.
+        """
+        begin = window * self._window_shards
+        following = [*self._epoch(epoch).shards[begin:], *self._epoch(epoch + 1).shards]
+        return [int(shard) for shard in following[: self._window_shards + count]]
+
+
+def _interval(starts: NDArray[np.int64], place: int) -> int:
+    """Which of the intervals that begin at `starts` holds a place; empty ones hold none."""
+    return int(np.searchsorted(starts, place, side="right")) - 1

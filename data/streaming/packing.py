@@ -88,6 +88,7 @@ class ShardPacking:
         ends = np.cumsum(packed_lengths)
         self.packed_length = int(ends[-1]) if len(ends) else 0
         self.padding = self.packed_length - int(doc_lengths.sum()) - len(doc_lengths)
+        self._ends = ends
         # Slot of each document's first token and of its end of text, and the token's number in the shard.
         self._first_slots = ends - packed_lengths + left_pads
         self._eos_slots = self._first_slots + doc_lengths
@@ -117,3 +118,18 @@ class ShardPacking:
         token_slots = np.arange(total, dtype=np.int64) + np.repeat(shifts, counts)
         eos_in_piece = eos_slots[eos_slots < stop] - start
         return PackedSlice(token_start, token_start + total, token_slots, eos_in_piece, stop - start)
+
+    def documents(self, start: int, stop: int) -> NDArray[np.int64]:
+        """Finds whose slots the slots [start, stop) of the stream are; pads belong to the document they pad.
+
+        Args:
+            start: First slot.
+            stop: One past the last slot, at most `packed_length`.
+
+        Returns:
+            [stop - start] number of the document in the shard.
+        """
+        first = int(np.searchsorted(self._ends, start, side="right"))
+        last = int(np.searchsorted(self._ends, stop, side="left"))
+        ends = np.minimum(self._ends[first : last + 1], stop)
+        return np.repeat(np.arange(first, last + 1), np.diff(ends, prepend=start))

@@ -1,27 +1,20 @@
 """The endless, deterministic stream of packed sequences that training and evaluation read."""
 
-import hashlib
-import json
+from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from data.config import DataConfig
+from data.config import DataConfig, SourceConfig
 from data.errors import DataError
-from data.files import sha256_of_file
-from data.manifest import Manifest, read_manifest
-from data.shards import ShardReader, check_sizes, read_document_lengths
-from data.streaming.counts import load_packed_lengths, packing_key
-from data.streaming.order import ORDER_VERSION, SampleId, SequenceOrder
-from data.streaming.packing import PackingSettings, ShardPacking
-
-Split = Literal["train", "validation"]
-# Open shards beyond the current shuffle window.
-SPARE_OPEN_SHARDS = 8
+from data.streaming.counts import PACKING_VERSION
+from data.streaming.identity import StageIdentity, StreamIdentity
+from data.streaming.mixture import MIXTURE_VERSION, Mixture, MixtureStage, shares_of
+from data.streaming.order import ORDER_VERSION
+from data.streaming.source import SequenceRow, Source, Split
 
 
 @dataclass(frozen=True)
@@ -31,26 +24,41 @@ class PackedSequences:
     Attributes:
         token_ids: [count, sequence_length] int64; pads hold the end-of-text id.
         mask: [count, sequence_length] bool, true for real tokens, which a real end of text is.
+        documents: [count, sequence_length] int64, equal for slots of the same document; None if documents are not
+            kept apart.
     """
 
     token_ids: NDArray[np.int64]
     mask: NDArray[np.bool_]
+    documents: NDArray[np.int64] | None = None
 
 
-class _OpenShard(NamedTuple):
-    reader: ShardReader
-    packing: ShardPacking
+class SampleId(NamedTuple):
+    """Names one sequence of the endless stream.
+
+    Attributes:
+        source: Name of its source.
+        epoch: Pass over the source's split, from 0.
+        shard: Index of the shard in the source's manifest.
+        sequence: Index of the sequence in the shard.
+    """
+
+    source: str
+    epoch: int
+    shard: int
+    sequence: int
 
 
 class SequenceStream:
     """Sequences of one split by position; positions run on over epochs.
 
-    The order depends on the manifest, the seed and the epoch only, so every rank computes its own positions and a
+    The order depends on the manifests, the seed and the stages only, so every rank computes its own positions and a
     resumed run seeks.
 
     Attributes:
-        fingerprint: Identity of the shards, their packing and their order; a checkpoint stores it with the position.
-        sequences_per_epoch: Sequences in one pass.
+        sources: The corpora.
+        identity: What decides the sequences and their order; a checkpoint stores it with the position.
+        sequences_per_epoch: Positions until a sequence comes again; of a mixture, with the shares of its first stage.
         vocab_size: One more than the largest token id.
         eos_id: End-of-text token, also the id of pads.
         tokenizer_path: The tokenizer the shards were made with.
@@ -65,7 +73,7 @@ class SequenceStream:
         sequence_length: int,
         minimum_sequences: int = 1,
     ) -> None:
-        """Opens a split; reads the manifest and the count table, but no shard.
+        """Opens a split; reads manifests and count tables, but no shard.
 
         Args:
             config: Data settings.
@@ -82,40 +90,82 @@ class SequenceStream:
                 f"sequence length {sequence_length} is no multiple of block length {block_length}; change either"
             )
         self._split = split
-        self._directory = _split_directory(config, split)
-        self._manifest = read_manifest(self._directory)
-        check_sizes(self._directory, self._manifest)
-        self.tokenizer_path = _check_tokenizer(config, self._manifest)
-        self.vocab_size = self._manifest.vocab_size
-        self.eos_id = self._manifest.eos_id
+        self._isolates = config.isolate_documents
         self.sequence_length = sequence_length
-        self._settings = _packing_settings(config, block_length)
-        self._packed_lengths = load_packed_lengths(self._directory, self._manifest, self._settings)
-        shuffle = config.shuffle and split == "train"
-        self._order = SequenceOrder(
-            self._packed_lengths // sequence_length,
-            seed=config.seed,
-            shuffle=shuffle,
-            window_shards=config.shuffle_window_shards,
+        chosen = _sources_of(config, split)
+        _check_isolation(config, chosen, block_length)
+        self.sources = [
+            Source(name, source, config, split, block_length, sequence_length) for name, source in chosen.items()
+        ]
+        _check_same_tokenizer(self.sources)
+        first = self.sources[0]
+        self.tokenizer_path: Path = first.tokenizer_path
+        self.vocab_size = first.manifest.vocab_size
+        self.eos_id = first.manifest.eos_id
+        stages = _stages(config, split, chosen, sequence_length)
+        self._mixture = Mixture(stages)
+        self.identity = self._identity(config, block_length, stages)
+        self._check_not_empty(stages)
+        self.sequences_per_epoch = self._mixture.first_repetition(
+            [source.order.sequences_per_epoch for source in self.sources]
         )
-        self.sequences_per_epoch = self._order.sequences_per_epoch
-        self.fingerprint = _fingerprint(self._manifest, self._settings, config, sequence_length, shuffle)
-        self._open = lru_cache(config.shuffle_window_shards + SPARE_OPEN_SHARDS)(self._open_shard)
-        self._check_size(config, max(minimum_sequences, 1))
+        self._check_size(max(minimum_sequences, 1))
 
-    def _check_size(self, config: DataConfig, minimum: int) -> None:
-        if self.sequences_per_epoch < minimum:
-            raise DataError(
-                f"the {self._split} split of {config.path} gives {self.sequences_per_epoch} sequences of "
-                f"{self.sequence_length} tokens, at least {minimum} are needed; prepare more text, or lower the "
-                "sequence length or the batch size"
-            )
+    def _identity(self, config: DataConfig, block_length: int, stages: list[MixtureStage]) -> StreamIdentity:
+        shuffles = config.shuffle and self._split == "train"
+        sources = {source.name: source.identity for source in self.sources}
+        draws = shuffles or any(identity.random_left_padding for identity in sources.values())
+        return StreamIdentity(
+            versions=(PACKING_VERSION, ORDER_VERSION, MIXTURE_VERSION),
+            block_length=block_length,
+            sequence_length=self.sequence_length,
+            isolate_documents=self._isolates,
+            # Settings that have no effect stay out.
+            seed=config.seed if draws else None,
+            shuffle_window_shards=config.shuffle_window_shards if shuffles else None,
+            sources=sources,
+            stages=tuple(
+                StageIdentity(
+                    begin=stage.begin,
+                    shares={name: share for name, share in zip(sources, stage.shares, strict=True) if share},
+                )
+                for stage in stages
+            ),
+        )
 
-    def _open_shard(self, shard: int) -> _OpenShard:
-        record = self._manifest.shards[shard]
-        lengths = read_document_lengths(self._directory, record)
-        reader = ShardReader(self._directory / record.file, record, self._manifest.dtype)
-        return _OpenShard(reader, ShardPacking(lengths, self._settings, record.sha256))
+    def _check_not_empty(self, stages: list[MixtureStage]) -> None:
+        for index, source in enumerate(self.sources):
+            if any(stage.shares[index] for stage in stages) and not source.order.sequences_per_epoch:
+                self._raise_too_small(source, 0, 1)
+
+    def _check_size(self, minimum: int) -> None:
+        if self.sequences_per_epoch >= minimum:
+            return
+        wanted = [self._mixture.locate(position) for position in range(minimum)]
+        for index, source in enumerate(self.sources):
+            needed = max((position + 1 for number, position in wanted if number == index), default=0)
+            if needed > source.order.sequences_per_epoch:
+                self._raise_too_small(source, source.order.sequences_per_epoch, needed)
+
+    def _raise_too_small(self, source: Source, found: int, needed: int) -> None:
+        raise DataError(
+            f"the {self._split} split of {source.files.location} gives {found} sequences of {self.sequence_length} "
+            f"tokens, at least {needed} are needed; prepare more text, or lower the sequence length or the batch size"
+        )
+
+    def check_files(self) -> None:
+        """Checks that every shard of every source is there with its size, where that costs no transfer.
+
+        Raises:
+            DataError: One is not.
+        """
+        for source in self.sources:
+            source.check_files()
+
+    @property
+    def skipped_sequences(self) -> int:
+        """Sequences this process has read that came out empty because their shard is bad."""
+        return sum(source.skipped_sequences for source in self.sources)
 
     def read(self, position: int, count: int) -> PackedSequences:
         """Reads sequences [position, position + count).
@@ -130,16 +180,16 @@ class SequenceStream:
         Raises:
             DataError: A shard cannot be read.
         """
-        token_ids = np.full((count, self.sequence_length), self.eos_id, dtype=np.int64)
-        mask = np.zeros((count, self.sequence_length), dtype=np.bool_)
-        for row, sample in enumerate(self.sample_ids(position, count)):
-            shard = self._open(sample.shard)
-            start = sample.sequence * self.sequence_length
-            piece = shard.packing.locate(start, start + self.sequence_length)
-            token_ids[row, piece.token_slots] = shard.reader.read(piece.token_start, piece.token_stop)
-            mask[row, piece.token_slots] = True
-            mask[row, piece.eos_slots] = True
-        return PackedSequences(token_ids, mask)
+        _check_range(position, count)
+        shape = (count, self.sequence_length)
+        token_ids = np.full(shape, self.eos_id, dtype=np.int64)
+        mask = np.zeros(shape, dtype=np.bool_)
+        documents = np.zeros(shape, dtype=np.int64)
+        for row in range(count):
+            index, place = self._mixture.locate(position + row)
+            self.sources[index].prefetch(place)
+            self.sources[index].read_into(place, SequenceRow(token_ids[row], mask[row], documents[row]))
+        return PackedSequences(token_ids, mask, documents if self._isolates else None)
 
     def sample_ids(self, position: int, count: int) -> list[SampleId]:
         """Names sequences [position, position + count) without reading them.
@@ -149,63 +199,72 @@ class SequenceStream:
             count: Number of sequences.
 
         Returns:
-            `count` ids of (epoch, shard, sequence in the shard).
+            `count` ids.
         """
-        if position < 0 or count < 0:
-            raise ValueError(f"position {position} and count {count} must not be negative")
-        return self._order.sample_ids(position, count)
+        _check_range(position, count)
+        ids = []
+        for index in range(position, position + count):
+            number, place = self._mixture.locate(index)
+            source = self.sources[number]
+            ids.append(SampleId(source.name, *source.place(place)))
+        return ids
 
     def describe(self) -> str:
-        """Sums up the split in one line."""
-        manifest, slots = self._manifest, int(self._packed_lengths.sum())
+        """Sums up the split, one line for each source."""
+        return "\n".join(self._describe(source) for source in self.sources)
+
+    def _describe(self, source: Source) -> str:
+        manifest, slots = source.manifest, int(source.packed_lengths.sum())
         padding = slots - manifest.tokens - manifest.documents
-        dropped = slots - self.sequences_per_epoch * self.sequence_length
+        sequences = source.order.sequences_per_epoch
+        dropped = slots - sequences * self.sequence_length
+        name = self._split if len(self.sources) == 1 else f"{self._split} {source.name}"
         return (
-            f"{self._split}: {manifest.documents:,} documents, {manifest.tokens:,} tokens in "
-            f"{len(manifest.shards):,} shards; {self.sequences_per_epoch:,} sequences of {self.sequence_length:,} per "
+            f"{name}: {manifest.documents:,} documents, {manifest.tokens:,} tokens in "
+            f"{len(manifest.shards):,} shards; {sequences:,} sequences of {self.sequence_length:,} per "
             f"epoch, {padding / max(slots, 1):.2%} padding, {dropped:,} slots dropped at the ends of shards"
         )
 
 
-def _split_directory(config: DataConfig, split: Split) -> Path:
-    if not config.path.is_dir():
-        raise DataError(f"data.path {config.path} does not exist; make it with tools/prepare_data.py --output")
-    directory = config.path / split
-    if not directory.is_dir():
-        option = "--validation-input or --validation-fraction" if split == "validation" else "--input"
+def _check_range(position: int, count: int) -> None:
+    if position < 0 or count < 0:
+        raise ValueError(f"position {position} and count {count} must not be negative")
+
+
+def _sources_of(config: DataConfig, split: Split) -> dict[str, SourceConfig]:
+    chosen = {name: source for name, source in config.corpora.items() if split == "train" or source.validation}
+    if not chosen:
+        raise DataError("no source has data.sources.NAME.validation=true; set it for one, or validation.every=0")
+    return chosen
+
+
+def _check_isolation(config: DataConfig, sources: Mapping[str, SourceConfig], block_length: int) -> None:
+    mixing = [name for name, source in sources.items() if not config.pads_to_block_boundary(source)]
+    if config.isolate_documents and block_length > 1 and mixing:
         raise DataError(
-            f"data.path {config.path} has no {split} split; prepare it with tools/prepare_data.py and {option}"
+            f"data.isolate_documents=true needs pad_to_block_boundary=true, but it is false for {', '.join(mixing)}: "
+            "a block that mixes two documents belongs to neither; change either"
         )
-    return directory
 
 
-def _packing_settings(config: DataConfig, block_length: int) -> PackingSettings:
-    return PackingSettings(
-        block_length=block_length,
-        random_left_padding=config.random_left_padding,
-        pad_to_block_boundary=config.pad_to_block_boundary,
-        # Without draws the seed has no effect, so it must not change the fingerprint either.
-        seed=config.seed if config.random_left_padding else 0,
-    )
+def _check_same_tokenizer(sources: list[Source]) -> None:
+    first = sources[0]
+    for source in sources[1:]:
+        if source.manifest.tokenizer_fingerprint != first.manifest.tokenizer_fingerprint:
+            raise DataError(
+                f"source {source.name} ({source.files.location}) was made with another tokenizer than source "
+                f"{first.name} ({first.files.location}); prepare one of them again with the other's"
+            )
 
 
-def _check_tokenizer(config: DataConfig, manifest: Manifest) -> Path:
-    path = config.tokenizer or config.path / manifest.tokenizer_file
-    if not path.is_file():
-        raise DataError(f"tokenizer {path} does not exist; give data.tokenizer, or prepare the data again")
-    fingerprint = sha256_of_file(path)
-    if fingerprint != manifest.tokenizer_fingerprint:
-        raise DataError(
-            f"tokenizer {path} has fingerprint {fingerprint}, but the shards in {config.path} were made with "
-            f"{manifest.tokenizer_fingerprint}; give that tokenizer, or prepare the data again with this one"
-        )
-    return path
-
-
-def _fingerprint(
-    manifest: Manifest, settings: PackingSettings, config: DataConfig, sequence_length: int, shuffle: bool
-) -> str:
-    # Settings that have no effect without shuffling stay out.
-    order = [ORDER_VERSION, config.seed, config.shuffle_window_shards] if shuffle else []
-    identity = [packing_key(manifest, settings), sequence_length, order]
-    return hashlib.sha256(json.dumps(identity).encode()).hexdigest()
+def _stages(
+    config: DataConfig, split: Split, sources: Mapping[str, SourceConfig], sequence_length: int
+) -> list[MixtureStage]:
+    """The stages of training; validation reads all sources alike, so that it stays the same."""
+    if split == "validation":
+        return [MixtureStage(0, shares_of([1.0] * len(sources)))]
+    stages = [MixtureStage(0, shares_of([source.weight for source in sources.values()]))]
+    for stage in config.stages:
+        begin = -(-stage.from_tokens // sequence_length)
+        stages.append(MixtureStage(begin, shares_of([stage.weights.get(name, 0.0) for name in sources])))
+    return stages

@@ -63,7 +63,7 @@ def test_gradients(name: str, case: str) -> None:
     stage.zero_grad()
     losses = stage(batch)
     mask = batch.mask[:, golden.config.unit_length :].sum()
-    valid = target_mask(golden.config, batch.mask)
+    valid = target_mask(golden.config, batch)
     assert int(valid.sum()) == int(mask)
     (losses * valid).sum().div(mask).backward()
     expected = golden.gradients(case)

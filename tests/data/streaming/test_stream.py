@@ -147,7 +147,7 @@ def test_opening_again_and_seeking_read_no_shard(prepared: Path) -> None:
 
 def test_a_damaged_count_table_is_made_anew(prepared: Path) -> None:
     before = open_stream(prepared).sample_ids(0, 50)
-    (table,) = (prepared / "train" / "counts").glob("*.json")
+    (table,) = (prepared / "counts").glob("*.json")
     good = table.read_bytes()
     for content in (b"", good[: len(good) // 2], good.replace(b"[", b"[16,", 1)):
         table.write_bytes(content)
@@ -161,10 +161,10 @@ def test_the_count_table_of_unwritable_data_goes_to_the_cache(
     before = open_stream(prepared).sample_ids(0, 50)
     cache = tmp_path_factory.mktemp("cache")
     monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
-    for table in (prepared / "train" / "counts").iterdir():
+    for table in (prepared / "counts").iterdir():
         table.unlink()
-    (prepared / "train" / "counts").rmdir()
-    (prepared / "train" / "counts").touch()  # Unwritable for everybody, also for root.
+    (prepared / "counts").rmdir()
+    (prepared / "counts").touch()  # Unwritable for everybody, also for root.
     assert open_stream(prepared).sample_ids(0, 50) == before
     assert len(list(cache.rglob("counts-*.json"))) == 1
     monkeypatch.setenv("XDG_CACHE_HOME", "/dev/null")
