@@ -1,14 +1,21 @@
 """Settings of the sequence stream."""
 
 from pathlib import Path
-from typing import Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 # What a corpus is called that is given by `path` alone.
 ONLY_SOURCE = "corpus"
 LOCATION = "a directory made by tools/prepare_data.py or tools/import_megatron.py, or where its files can be fetched: "
 LOCATION += "http(s)://, s3://, gs://, or `pipe:` and a command in which {file} stands for a file's name"
+
+
+def _as_text(location: Any) -> Any:
+    return str(location) if isinstance(location, Path) else location
+
+
+Location = Annotated[str, BeforeValidator(_as_text)]
 
 
 class CacheConfig(BaseModel):
@@ -38,7 +45,7 @@ class SourceConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
-    path: str = Field(..., min_length=1, description=f"The corpus: {LOCATION}.")
+    path: Location = Field(..., min_length=1, description=f"The corpus: {LOCATION}.")
     weight: float = Field(
         default=1.0,
         ge=0,
@@ -71,7 +78,7 @@ class DataConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    path: str | None = Field(default=None, min_length=1, description=f"The corpus: {LOCATION}. Or give `sources`.")
+    path: Location | None = Field(default=None, min_length=1, description=f"The corpus: {LOCATION}. Or give `sources`.")
     sources: dict[str, SourceConfig] = Field(
         default={}, description="Instead of `path`: several corpora by name, mixed by weight."
     )
@@ -108,7 +115,7 @@ class DataConfig(BaseModel):
         description="What a training shard that cannot be read, or holds impossible tokens, does: end the run, or be "
         "left out: its sequences count as padding, are reported, and move no other sequence.",
     )
-    cache: CacheConfig = Field(default_factory=CacheConfig, description="Copies of shards that lie elsewhere.")
+    cache: CacheConfig = Field(default=CacheConfig(), description="Copies of shards that lie elsewhere.")
 
     @model_validator(mode="after")
     def _check(self) -> Self:

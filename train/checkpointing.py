@@ -38,6 +38,7 @@ class Progress:
         stream: what that stream is made of (data.streaming.identity.StreamIdentity as JSON).
         skipped_steps: steps without an update because something was not finite, or the loss a spike.
         skipped_in_a_row: those of them directly before this point.
+        empty_sequences: of those consumed, how many bad shards would have held (data.bad_shards=skip).
         left_out: positions in the stream whose global batches are not read again after a roll-back.
         validation_due: the validation after this step was interrupted.
         recent_losses: those against which a spike is measured.
@@ -49,6 +50,7 @@ class Progress:
     stream: dict[str, Any]
     skipped_steps: int = 0
     skipped_in_a_row: int = 0
+    empty_sequences: int = 0
     left_out: tuple[int, ...] = ()
     validation_due: bool = False
     recent_losses: tuple[float, ...] = ()

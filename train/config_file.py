@@ -163,6 +163,9 @@ def _nearest_field(name: str) -> str:
     section, _, leaf = name.rpartition(".")
     elsewhere = [field for field in known if field.rpartition(".")[2] == leaf]
     siblings = {field.rpartition(".")[2]: field for field in known if field.rpartition(".")[0] == section}
+    if not siblings:  # inside a section of a name or number of its own: data.sources.NAME
+        parent = section.rpartition(".")[0] + "."
+        siblings = {field.rpartition(".")[2]: field for field in known if field.startswith(parent)}
     return (elsewhere or [siblings[match] for match in difflib.get_close_matches(leaf, siblings, n=1, cutoff=0.0)])[0]
 
 

@@ -33,7 +33,7 @@ def _section(name: str, model: type[BaseModel]) -> list[str]:
         nested = _nested_model(field.annotation)
         full_name = f"{name}.{field_name}" if name else field_name
         if nested is not None:
-            inner.append((full_name, nested))
+            inner.append((full_name + _key(field.annotation), nested))
         if name:
             rows.append(_row(field_name, field))
     lines: list[str] = []
@@ -72,7 +72,14 @@ def _yaml(value: Any) -> str:
         return "null"
     if isinstance(value, Path):
         return str(value.relative_to(REPOSITORY))
+    if isinstance(value, tuple):
+        return str(list(value))
     return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _key(annotation: Any) -> str:
+    """What stands between a field's name and the fields of the sections inside it."""
+    return {dict: ".NAME", tuple: "[]"}.get(get_origin(annotation), "")
 
 
 def _value(field: FieldInfo) -> str:
@@ -91,6 +98,10 @@ def _type(annotation: Any) -> str:
         return ", ".join(f"`{value}`" for value in get_args(annotation))
     if get_origin(annotation) in (Union, types.UnionType):
         return " or ".join("null" if part is type(None) else _type(part) for part in get_args(annotation))
+    if get_origin(annotation) is dict:
+        return f"{_type(get_args(annotation)[1])} by name"
+    if get_origin(annotation) is tuple:
+        return f"list of {_type(get_args(annotation)[0])}s"
     names = {int: "integer", float: "number", bool: "true or false", str: "text"}
     if _nested_model(annotation) is not None:
         return "section"

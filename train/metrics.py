@@ -13,23 +13,41 @@ from train.requests import Request
 
 def global_loss_sums(sums: LossSums) -> LossSums:
     """Adds the loss sums of all ranks; see agree."""
-    return agree(sums, Request.NONE)[0]
+    return agree(sums, Request.NONE).sums
 
 
-def agree(sums: LossSums, request: Request) -> tuple[LossSums, Request]:
+@dataclass(frozen=True)
+class Agreement:
+    """What all ranks know after an all-reduce.
+
+    Attributes:
+        sums: of all ranks.
+        request: the most urgent of any.
+        empty_sequences: sequences of all ranks that bad shards would have held.
+    """
+
+    sums: LossSums
+    request: Request
+    empty_sequences: int
+
+
+def agree(sums: LossSums, request: Request, empty_sequences: int = 0) -> Agreement:
     """Adds the loss sums of all ranks and tells all of them the most urgent request of any, in one all-reduce.
 
-    Tensor-parallel ranks hold the same losses, so only the first counts; other pipeline stages hold zeros.
+    Tensor-parallel ranks hold the same losses and read the same sequences, so only the first counts; pipeline stages
+    but the last hold zeros, and read the same sequences as the first.
     """
-    packed = torch.cat((sums.loss, sums.count))
+    packed = torch.cat((sums.loss, sums.count, sums.loss.new_tensor([float(empty_sequences)])))
     if parallel_state.get_tensor_model_parallel_rank() != 0:
         packed = torch.zeros_like(packed)
+    if not parallel_state.is_pipeline_first_stage():
+        packed[-1] = 0
     asked = packed.new_tensor([float(request >= level) for level in Request])
     packed = torch.cat((packed, asked))
     torch.distributed.all_reduce(packed)
-    loss, count = packed[: -len(Request)].chunk(2)
-    most_urgent = int((packed[-len(Request) :] > 0).sum()) - 1
-    return LossSums(loss, count), Request(most_urgent)
+    summed, asked = packed.split((len(packed) - len(Request), len(Request)))
+    loss, count = summed[:-1].chunk(2)
+    return Agreement(LossSums(loss, count), Request(int((asked > 0).sum()) - 1), int(summed[-1]))
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from train.checkpointing import FinishedSave
+from train.checkpointing import FinishedSave, Progress
 from train.config import RunConfig
 from train.config_file import config_text
 from train.metrics import MeanLoss
@@ -65,8 +65,8 @@ class Monitor:
         else:
             self._bar.write(text, file=sys.stdout)
 
-    def step(self, step: int, loss: MeanLoss, learning_rate: float, gradient_norm: float, sequences: int) -> None:
-        """Records one optimizer step, up to which so many sequences of the stream were read; logs it if it is due."""
+    def step(self, step: int, loss: MeanLoss, learning_rate: float, gradient_norm: float, progress: Progress) -> None:
+        """Records one optimizer step, after which the run stands so; logs it if it is due."""
         if self._bar is not None:
             self._bar.update()
         if step % self.config.logging.every and step != self._last_step:
@@ -79,7 +79,7 @@ class Monitor:
             "optimizer/learning_rate": learning_rate,
             "optimizer/gradient_norm": gradient_norm,
             "progress/tokens": float(step * self.config.tokens_per_step),
-            "progress/sequences": float(sequences),
+            "progress/sequences": float(progress.consumed_sequences),
             "speed/tokens_per_second": speed.tokens_per_second,
             "speed/tflops_per_process": speed.tflops_per_process,
             "speed/data_wait_seconds": data_wait,
@@ -87,6 +87,8 @@ class Monitor:
         }
         if speed.model_flops_utilization is not None:
             values["speed/mfu"] = speed.model_flops_utilization
+        if progress.empty_sequences:
+            values["progress/empty_sequences"] = float(progress.empty_sequences)
         self.record(step, values)
         self._note_progress(step, loss.loss, speed.tokens_per_second)
         utilization = "" if speed.model_flops_utilization is None else f"  MFU {speed.model_flops_utilization:.1%}"

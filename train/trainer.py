@@ -197,11 +197,12 @@ class Trainer:
         self.meter.start_step()
         position = self._next_position()
         batches = read_micro_batches(self.stream, position, self._rows, compute_device())
+        empty = self.stream.take_skipped_sequences()
         self.meter.data_ready()
         if self.progress.step + 1 == self._first_step:
             self.clock.reached("first_batch")
-        sums, request = agree(self.engine.accumulate(batches), self.requests.pending())
-        loss = mean_loss(sums)
+        agreed = agree(self.engine.accumulate(batches), self.requests.pending(), empty)
+        loss, request = mean_loss(agreed.sums), agreed.request
         verdict, problem = self.watch.judge(loss)
         if verdict is Verdict.ROLL_BACK:
             self._roll_back(position, str(problem))
@@ -209,7 +210,7 @@ class Trainer:
         rate = learning_rate(config.optimizer, self.progress.step + 1, config.train.steps)
         update = self._update(loss, verdict, rate)
         self.meter.end_step(config.tokens_per_step)
-        self._advance(position, loss, update)
+        self._advance(position, loss, update, agreed.empty_sequences)
         self._report(loss, rate, update.gradient_norm, problem)
         self.after_step(self.progress.step)
         return request
@@ -229,7 +230,7 @@ class Trainer:
             return Update(math.nan, False)
         return self.engine.update(rate)
 
-    def _advance(self, position: int, loss: MeanLoss, update: Update) -> None:
+    def _advance(self, position: int, loss: MeanLoss, update: Update, empty_sequences: int) -> None:
         skipped = loss.targets > 0 and not update.applied
         self.progress = replace(
             self.progress,
@@ -238,6 +239,7 @@ class Trainer:
             consumed_sequences=position + self.config.train.global_batch_size,
             skipped_steps=self.progress.skipped_steps + skipped,
             skipped_in_a_row=self.progress.skipped_in_a_row + 1 if skipped else 0,
+            empty_sequences=self.progress.empty_sequences + empty_sequences,
             validation_due=False,
         )
 
@@ -256,7 +258,7 @@ class Trainer:
         step, is_skipped = self.progress.step, self.progress.skipped_in_a_row > 0
         problem = problem or (f"the gradient norm is {gradient_norm}" if is_skipped else None)
         if self.monitor is not None:
-            self.monitor.step(step, loss, rate, gradient_norm, self.progress.consumed_sequences)
+            self.monitor.step(step, loss, rate, gradient_norm, self.progress)
             if problem:
                 self.monitor.unusual(step, problem, is_skipped, self.progress.skipped_steps)
             if step == self._first_step:

@@ -47,8 +47,8 @@ class ValidationSet:
             rows = self._rows[start : start + ROUNDS_PER_CALL]
             batches = read_micro_batches(self.stream, 0, rows, compute_device())
             pairs = zip(rows, batches, strict=True)
-            sums, request = agree(engine.evaluate([self._without_excess(*pair) for pair in pairs]), pending())
-            total += sums
+            agreed = agree(engine.evaluate([self._without_excess(*pair) for pair in pairs]), pending())
+            total, request = total + agreed.sums, agreed.request
             if request >= Request.STOP and start + ROUNDS_PER_CALL < len(self._rows):
                 return None, request
         return mean_loss(total), request

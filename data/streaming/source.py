@@ -47,7 +47,6 @@ class Source:
         files: Where they lie.
         order: Which sequence stands at which position.
         packed_lengths: [shards] slots of the packed stream of each shard.
-        skipped_sequences: Sequences that came out empty because their shard is bad.
     """
 
     def __init__(
@@ -67,7 +66,7 @@ class Source:
             DataError: It is missing, damaged, or of another tokenizer.
         """
         self.name = name
-        self.skipped_sequences = 0
+        self._skipped_sequences = 0
         self.files = open_corpus(source.path, config.cache)
         self.manifest = manifest_of(self.files, split)
         self.tokenizer_path = tokenizer_of(config, self.files, self.manifest)
@@ -155,7 +154,12 @@ class Source:
                 self._bad_shards.add(place.shard)
                 print(f"warning: shard left out: {error}", file=sys.stderr, flush=True)
         row.mask[:] = False
-        self.skipped_sequences += 1
+        self._skipped_sequences += 1
+
+    def take_skipped_sequences(self) -> int:
+        """How many of the sequences read since the last call came out empty because their shard is bad."""
+        taken, self._skipped_sequences = self._skipped_sequences, 0
+        return taken
 
     def _read(self, place: SequencePlace, row: SequenceRow) -> None:
         piece = self.locate(place)

@@ -162,10 +162,9 @@ class SequenceStream:
         for source in self.sources:
             source.check_files()
 
-    @property
-    def skipped_sequences(self) -> int:
-        """Sequences this process has read that came out empty because their shard is bad."""
-        return sum(source.skipped_sequences for source in self.sources)
+    def take_skipped_sequences(self) -> int:
+        """How many of the sequences read since the last call came out empty because their shard is bad."""
+        return sum(source.take_skipped_sequences() for source in self.sources)
 
     def read(self, position: int, count: int) -> PackedSequences:
         """Reads sequences [position, position + count).

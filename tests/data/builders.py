@@ -7,7 +7,6 @@ import numpy as np
 
 from data.files import sha256_of_file
 from data.manifest import FORMAT_VERSION, Manifest, dtype_for, write_manifest
-from data.preparation.split_writer import SplitWriter
 from data.shard_writer import ShardWriter
 
 # Documents of consecutive ids make each token recognizable; id 0 is the end of text.
@@ -41,9 +40,13 @@ def write_split(
     tokenizer = root / "tokenizer.model"
     tokenizer.write_bytes(b"only the fingerprint of this file matters")
     dtype = dtype_for(vocab_size)
-    writer = SplitWriter(root / split, dtype, shard_tokens)
-    for number, document in enumerate(documents):
-        writer.add(number, document)
+    (root / split).mkdir()
+    groups: list[list[np.ndarray]] = [[]]
+    for document in documents:
+        if sum(map(len, groups[-1])) >= shard_tokens:
+            groups.append([])
+        groups[-1].append(document)
+    shards = [write_shard(root / split, group, dtype, index) for index, group in enumerate(groups)]
     manifest = Manifest(
         format_version=FORMAT_VERSION,
         tokenizer_file=tokenizer.name,
@@ -51,7 +54,7 @@ def write_split(
         vocab_size=vocab_size,
         eos_id=EOS_ID,
         dtype=dtype,
-        shards=writer.finish(),
+        shards=tuple(shards),
     )
     write_manifest(root / split, manifest)
     return manifest

@@ -67,7 +67,7 @@ def test_the_tokenizer_is_the_one_of_the_data(tmp_path: Path) -> None:
     model = small_config().model_copy(update={"vocab_size": VOCABULARY})
     data = DataConfig(path=prepare_small_corpus(tmp_path))
     tokenizer = tokenizer_of(model, data)
-    assert tokenizer.path.parent == data.path
+    assert tokenizer.path.parent == Path(data.path)
     assert tokenizer.decode(tokenizer.encode("It was a night")) == "It was a night"
     other = Path(shutil.copy(tokenizer.path, tmp_path / "other.model"))
     assert tokenizer_of(model, data, other).path == other

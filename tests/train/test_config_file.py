@@ -64,10 +64,10 @@ def test_relative_paths_start_at_the_repository_or_the_working_directory(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     config = load_config(QUICKSTART)
-    assert config.data.path == REPOSITORY / "runs" / "quickstart-data" / "shards"
+    assert config.data.path == str(REPOSITORY / "runs" / "quickstart-data" / "shards")
     assert config.directory == REPOSITORY / "runs" / "quickstart"
     moved = load_config(QUICKSTART, ["data.path=shards", "run.root=out"])
-    assert moved.data.path == tmp_path / "shards"
+    assert moved.data.path == str(tmp_path / "shards")
     assert moved.directory == tmp_path / "out" / "quickstart"
 
 
@@ -101,7 +101,7 @@ def test_infinite_numbers_are_refused(name: str) -> None:
 
 def test_home_folder_is_understood(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert load_config(QUICKSTART, ["data.path=~/shards"]).data.path == tmp_path / "shards"
+    assert load_config(QUICKSTART, ["data.path=~/shards"]).data.path == str(tmp_path / "shards")
 
 
 def test_resolved_text_keeps_long_paths_on_one_line(tmp_path: Path) -> None:

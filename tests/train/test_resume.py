@@ -140,5 +140,5 @@ def test_stop_at_the_exact_end_of_an_epoch(tmp_path: Path, shards: Path, precisi
     expected, actual = final_tensors(undisturbed), final_tensors(interrupted)
     assert all(torch.equal(actual[key], expected[key]) for key in expected)
     assert samples(interrupted) == samples(undisturbed)
-    assert json.loads(samples(undisturbed)[41])[1][0] == 1, "position 41 is the first of the second epoch"
+    assert json.loads(samples(undisturbed)[41])[1][1] == 1, "position 41 is the first of the second epoch"
     assert scalars(interrupted, "train/loss") == scalars(undisturbed, "train/loss")

@@ -109,14 +109,14 @@ def test_validation_comes_in_order(prepared: Path) -> None:
     stream = open_stream(prepared, "validation", random_left_padding=False)
     tokens = [token for token in real_tokens(stream, 0, stream.sequences_per_epoch) if token != EOS_ID]
     assert tokens == list(range(1, len(tokens) + 1))
-    assert stream.sample_ids(0, 3) == [(0, 0, 0), (0, 0, 1), (0, 0, 2)]
+    assert stream.sample_ids(0, 3) == [("corpus", 0, 0, 0), ("corpus", 0, 0, 1), ("corpus", 0, 0, 2)]
 
 
-def test_fingerprint_tells_what_matters(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
-    base = open_stream(prepared).fingerprint
+def test_the_identity_tells_what_matters(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    base = open_stream(prepared).identity
     copy = tmp_path_factory.mktemp("copy")
     write_split(copy, numbered_documents(LENGTHS))
-    assert open_stream(copy).fingerprint == base
+    assert open_stream(copy).identity == base
     changed = [
         open_stream(prepared, block_length=2),
         open_stream(prepared, sequence_length=32),
@@ -127,10 +127,13 @@ def test_fingerprint_tells_what_matters(prepared: Path, tmp_path_factory: pytest
         open_stream(prepared, seed=1),
         open_stream(prepared, "validation"),
     ]
-    assert len({base, *(stream.fingerprint for stream in changed)}) == len(changed) + 1
+    assert (
+        len({identity.model_dump_json() for identity in (base, *(stream.identity for stream in changed))})
+        == len(changed) + 1
+    )
     # Without shuffling and random pads the seed has no effect.
     still = {"shuffle": False, "random_left_padding": False}
-    assert open_stream(prepared, seed=1, **still).fingerprint == open_stream(prepared, seed=2, **still).fingerprint
+    assert open_stream(prepared, seed=1, **still).identity == open_stream(prepared, seed=2, **still).identity
 
 
 def test_opening_again_and_seeking_read_no_shard(prepared: Path) -> None:
@@ -191,13 +194,13 @@ def resize(path: Path, change: int) -> tuple[int, int]:
 def test_a_file_of_another_size_is_named(prepared: Path, name: str, change: int) -> None:
     expected, actual = resize(prepared / "train" / name, change)
     with pytest.raises(DataError, match=f"{name} has {actual} bytes, the manifest says {expected}; prepare"):
-        open_stream(prepared)
+        open_stream(prepared).check_files()
 
 
 def test_a_missing_shard_is_named(prepared: Path) -> None:
     (prepared / "train" / "shard-00001.tar").unlink()
     with pytest.raises(DataError, match=r"shard-00001.tar is named in the manifest but missing"):
-        open_stream(prepared)
+        open_stream(prepared).check_files()
 
 
 def test_missing_parts_are_named(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
@@ -208,7 +211,7 @@ def test_missing_parts_are_named(prepared: Path, tmp_path_factory: pytest.TempPa
     with pytest.raises(DataError, match=r"has no validation split.*--validation-input"):
         open_stream(only_training, "validation")
     (prepared / "train" / "manifest.json").unlink()
-    with pytest.raises(DataError, match=r"holds no manifest.json"):
+    with pytest.raises(DataError, match=r"train/manifest.json is missing; prepare it"):
         open_stream(prepared)
 
 
