@@ -11,6 +11,7 @@ import argparse
 import os
 
 from data.errors import DataError
+from data.preparation.documents import TEXT_FIELD
 from data.preparation.prepare import DEFAULT_SHARD_TOKENS, PreparationOptions, prepare
 from tools.command_line import exit_on_termination, run
 
@@ -18,27 +19,26 @@ from tools.command_line import exit_on_termination, run
 def parse_arguments() -> PreparationOptions:
     """Reads the command line."""
     parser = argparse.ArgumentParser(
-        description="Tokenizes .txt and .jsonl files (also .xz, .gz, .zst) into shards. The output directory appears "
-        "when it is complete; after an interruption the same command goes on where it stopped."
+        description="Tokenizes .txt, .jsonl and .parquet files (also .xz, .gz, .zst) into shards. The output directory "
+        "appears when complete; after an interruption the same command goes on where it stopped. See docs/data.md."
     )
     add = parser.add_argument
-    add("--input", nargs="+", type=Path, required=True, metavar="FILE", help="text files for training")
+    add("--input", nargs="+", type=Path, required=True, metavar="PATH", help="training: files, globs or directories")
     add("--output", type=Path, required=True, metavar="DIR", help="directory to make")
     add("--tokenizer", type=Path, required=True, metavar="FILE", help="SentencePiece .model or tokenizer.json")
-    add("--validation-input", nargs="+", type=Path, default=[], metavar="FILE", help="text files for validation")
+    add("--validation-input", nargs="+", type=Path, default=[], metavar="PATH", help="the same for validation")
     add("--validation-fraction", type=float, default=0.0, metavar="F", help="or: share of documents for validation")
+    add("--text-field", default=TEXT_FIELD, metavar="NAME", help="JSON field or parquet column (default: %(default)s)")
+    add("--on-malformed", choices=("fail", "skip"), default="fail", help="malformed input: stop (default), or list it")
+    add("--min-tokens", type=int, default=0, metavar="N", help="leave out shorter documents")
+    add("--remove-duplicates", action="store_true", help="keep one of documents with equal text")
+    add("--shuffle-documents", type=int, metavar="SEED", help="put all documents in random order")
     add("--workers", type=int, default=len(os.sched_getaffinity(0)), metavar="N", help="processes (default: all cores)")
     add("--shard-tokens", type=int, default=DEFAULT_SHARD_TOKENS, metavar="N", help="tokens per shard, at least")
-    values = parser.parse_args()
-    return PreparationOptions(
-        inputs=tuple(values.input),
-        output=values.output.absolute(),
-        tokenizer=values.tokenizer,
-        validation_inputs=tuple(values.validation_input),
-        validation_fraction=values.validation_fraction,
-        workers=values.workers,
-        shard_tokens=values.shard_tokens,
-    )
+    values = vars(parser.parse_args())
+    inputs, validation_inputs = values.pop("input"), values.pop("validation_input")
+    output = values.pop("output").absolute()
+    return PreparationOptions(inputs=tuple(inputs), validation_inputs=tuple(validation_inputs), output=output, **values)
 
 
 def main() -> None:

@@ -1,32 +1,45 @@
-"""Streams documents out of text and JSON Lines files, plain or compressed."""
+"""Turns raw chunks of input files into documents."""
 
-import contextlib
-import gzip
-import io
 import json
-import lzma
-import os
-import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import BinaryIO, cast
-
-import zstandard
+from typing import NamedTuple
 
 from data.errors import DataError
-from data.preparation.zstandard_stream import ZstandardStream
+from data.preparation.chunks import Chunk, Rejection, read_chunks
 
-COMPRESSIONS = (".xz", ".gz", ".zst")
-FORMATS = (".txt", ".jsonl")
-UTF8_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+TEXT_FIELD = "text"
+
+
+class Document(NamedTuple):
+    """A text as it stands in a file.
+
+    Attributes:
+        line: Its line, or row of a table, from 1 on.
+        text: The text.
+        utf8: The same, encoded.
+    """
+
+    line: int
+    text: str
+    utf8: bytes
+
+
+class _MalformedError(Exception):
+    """A text that is none: why, and how many lines after its first."""
+
+    def __init__(self, reason: str, message: str, line: int = 0) -> None:
+        super().__init__(message)
+        self.reason = reason
+        self.line = line
 
 
 def read_documents(path: Path, progress: Callable[[int], object] | None = None) -> Iterator[str]:
     """Yields the documents of one file in order; documents without any text are skipped.
 
     Args:
-        path: A `.txt` file (one document) or a `.jsonl` file (one object with a `text` field a line), optionally
-            with `.xz`, `.gz` or `.zst` appended.
+        path: A `.txt` file (one document), a `.jsonl` file (one object with a `text` field a line) or a `.parquet` file
+            (with a column `text`), optionally with `.xz`, `.gz` or `.zst` appended.
         progress: Called with the number of bytes of the file consumed since its last call.
 
     Yields:
@@ -35,124 +48,101 @@ def read_documents(path: Path, progress: Callable[[int], object] | None = None) 
     Raises:
         DataError: The file is missing, empty, of an unknown kind, damaged, binary, or not as described above.
     """
-    kind = check_input_path(path)
     found, consumed = False, 0
-    with _damage_as_data_error(path), open(path, "rb") as file, _decompress(path, file) as stream:
-        texts = _read_json_lines(path, stream) if kind == ".jsonl" else _read_text(path, stream)
-        for text in texts:
-            found = True
+    for chunk in read_chunks(path, TEXT_FIELD):
+        for piece in parse_chunk(chunk, TEXT_FIELD):
+            if isinstance(piece, Rejection):
+                raise DataError(piece.message)
             if progress is not None:
-                progress(file.tell() - consumed)
-                consumed = file.tell()
-            yield text
+                progress(chunk.consumed - consumed)
+                consumed = chunk.consumed
+            if piece.text:
+                found = True
+                yield piece.text
     if not found:
         raise DataError(f"{path} holds no document; remove it from the inputs or give it content")
 
 
-def check_input_path(path: Path) -> str:
-    """Checks that a path can be an input, without reading it.
+def parse_chunk(chunk: Chunk, text_field: str) -> Iterator[Document | Rejection]:
+    """Finds the documents of a chunk.
 
     Args:
-        path: The input file.
+        chunk: A piece of a file.
+        text_field: The field with the text in `.jsonl` files.
 
-    Returns:
-        `.txt` or `.jsonl`.
-
-    Raises:
-        DataError: The path is no readable file or has an unknown ending.
+    Yields:
+        In order, documents, some of which may have no text, and what is malformed. Blank lines are left out.
     """
-    if not path.exists():
-        raise DataError(f"input file {path} does not exist; check the path")
-    if not path.is_file():
-        raise DataError(f"input {path} is not a file; name the files in it instead, for example {path}/*.jsonl")
-    if not os.access(path, os.R_OK):
-        raise DataError(f"input file {path} cannot be read; change its permissions")
-    suffixes = path.suffixes
-    kind = suffixes[-2] if len(suffixes) > 1 and suffixes[-1] in COMPRESSIONS else path.suffix
-    if kind not in FORMATS:
-        raise DataError(
-            f"input file {path} is of an unknown kind; its name must end in .txt or .jsonl, "
-            "optionally followed by .xz, .gz or .zst"
-        )
-    return kind
+    if chunk.rejection is not None:
+        yield chunk.rejection
+    elif isinstance(chunk.content, list):
+        for line, row in enumerate(chunk.content, start=chunk.first_line):
+            yield _document(chunk.path, line, _text_of_row, row)
+    elif chunk.kind == ".txt":
+        yield _document(chunk.path, 1, _text_of_file, chunk.content)
+    else:
+        for line, raw in enumerate(chunk.content.split(b"\n"), start=chunk.first_line):
+            if raw and not raw.isspace():
+                yield _document(chunk.path, line, _text_of_json, raw, text_field)
 
 
-def _read_text(path: Path, stream: BinaryIO) -> Iterator[str]:
-    text = _decode(path, 1, stream.read().removeprefix(UTF8_BYTE_ORDER_MARK))
-    if text:
-        yield text
-
-
-def _read_json_lines(path: Path, stream: BinaryIO) -> Iterator[str]:
-    for number, line in enumerate(stream, start=1):
-        if number == 1:
-            line = line.removeprefix(UTF8_BYTE_ORDER_MARK)
-        if line.isspace() or not line:
-            continue
-        text = _text_field(path, number, _decode(path, number, line))
-        if text:
-            yield text
-
-
-def _text_field(path: Path, number: int, line: str) -> str:
+def _document(path: Path, line: int, read: Callable[..., str], *arguments: object) -> Document | Rejection:
     try:
-        record = json.loads(line)
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise DataError(
-            f"{path}, line {number}: malformed JSON ({error}); write one JSON object a line, or repair this line"
-        ) from None
-    if not isinstance(record, dict) or not isinstance(record.get("text"), str):
-        found = f"the fields {sorted(record)[:8]}" if isinstance(record, dict) else f"a JSON {type(record).__name__}"
-        raise DataError(
-            f'{path}, line {number}: no "text" field with a string (found {found}); '
-            'each line must be an object like {"text": "..."}'
-        )
-    text: str = record["text"]
-    _check_text(path, number, text)
-    return text
-
-
-def _decode(path: Path, first_line: int, content: bytes) -> str:
-    try:
-        text = content.decode("utf-8")
-    except UnicodeDecodeError as error:
-        line = first_line + content.count(b"\n", 0, error.start)
-        raise DataError(
-            f"{path}, line {line}: byte 0x{content[error.start]:02x} is not valid UTF-8 text; "
-            "convert the file to UTF-8, or remove it if it is binary"
-        ) from None
-    _check_text(path, first_line, text)
-    return text
-
-
-def _check_text(path: Path, first_line: int, text: str) -> None:
-    """Refuses characters that no text has: NUL marks a binary file, a lone surrogate has no UTF-8 form."""
-    nul = text.find("\0")
-    if nul >= 0:
-        line = first_line + text.count("\n", 0, nul)
-        raise DataError(f"{path}, line {line}: NUL character, so this is no text; remove the file or the character")
-    try:
-        text.encode("utf-8")
+        text = read(*arguments)
+        return Document(line, text, text.encode("utf-8"))
     except UnicodeEncodeError as error:
-        raise DataError(
-            f"{path}, line {first_line}: unpaired surrogate U+{ord(text[error.start]):04X}, which is no character; "
-            "remove it"
-        ) from None
+        surrogate = f"U+{ord(error.object[error.start]):04X}"
+        message = f"{path}, line {line}: unpaired surrogate {surrogate}, which is no character; remove it"
+        return Rejection(str(path), line, "unpaired surrogate", message)
+    except _MalformedError as error:
+        return Rejection(str(path), line + error.line, error.reason, f"{path}, line {line + error.line}: {error}")
 
 
-def _decompress(path: Path, file: BinaryIO) -> BinaryIO:
-    if path.suffix == ".xz":
-        return cast(BinaryIO, lzma.open(file, "rb"))
-    if path.suffix == ".gz":
-        return cast(BinaryIO, gzip.open(file, "rb"))
-    if path.suffix == ".zst":
-        return cast(BinaryIO, io.BufferedReader(ZstandardStream(file)))
-    return file
+def _text_of_file(content: bytes) -> str:
+    text = _decode(content)
+    _refuse_nul(text, text.count("\n", 0, text.find("\0")))
+    return text
 
 
-@contextlib.contextmanager
-def _damage_as_data_error(path: Path) -> Iterator[None]:
+def _text_of_row(content: bytes | None) -> str:
+    if content is None:
+        raise _MalformedError("no text field", "no text in this row; fill it in or leave the row out")
+    text = _decode(content)
+    _refuse_nul(text)
+    return text
+
+
+def _text_of_json(raw: bytes, text_field: str) -> str:
     try:
-        yield
-    except (OSError, EOFError, zlib.error, lzma.LZMAError, zstandard.ZstdError) as error:
-        raise DataError(f"{path} cannot be read ({error}); it is damaged or incomplete, fetch it again") from error
+        record = json.loads(_decode(raw))
+    except (json.JSONDecodeError, RecursionError) as error:
+        message = f"malformed JSON ({error}); write one JSON object a line, or repair this line"
+        raise _MalformedError("malformed JSON", message) from None
+    if not isinstance(record, dict) or not isinstance(record.get(text_field), str):
+        found = f"the fields {sorted(record)[:8]}" if isinstance(record, dict) else f"a JSON {type(record).__name__}"
+        message = (
+            f'no "{text_field}" field with a string (found {found}); '
+            f'each line must be an object like {{"{text_field}": "..."}}, or name its field by --text-field'
+        )
+        raise _MalformedError("no text field", message)
+    text: str = record[text_field]
+    _refuse_nul(text)
+    return text
+
+
+def _decode(content: bytes) -> str:
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        message = (
+            f"byte 0x{content[error.start]:02x} is not valid UTF-8 text; "
+            "convert the file to UTF-8, or remove it if it is binary"
+        )
+        raise _MalformedError("not UTF-8", message, content.count(b"\n", 0, error.start)) from None
+
+
+def _refuse_nul(text: str, line: int = 0) -> None:
+    """NUL marks a binary file."""
+    if "\0" in text:
+        message = "NUL character, so this is no text; remove the file or the character"
+        raise _MalformedError("NUL character", message, line)

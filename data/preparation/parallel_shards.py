@@ -58,11 +58,11 @@ def build_shards(
         for shard in finished.values():
             progress(shard)
         missing = [(index, task) for index, task in enumerate(tasks) if index not in finished]
-        pool: WorkerPool[tuple[int, Task], ShardRecord] = WorkerPool(
+        pool: WorkerPool[tuple[int, Task], tuple[int, ShardRecord]] = WorkerPool(
             functools.partial(_builder, directory, build), min(workers, max(len(missing), 1)), in_hand=1
         )
         with pool:
-            for (index, _), shard in pool.map(missing, ordered=False):
+            for index, shard in pool.map(missing, ordered=False):
                 journal.append(_FinishedShard(index=index, shard=shard))
                 finished[index] = shard
                 progress(shard)
@@ -76,10 +76,10 @@ def build_shards(
     return [finished[index] for index in range(len(tasks))]
 
 
-def _builder(directory: Path, build: Build[Task]) -> Callable[[tuple[int, Task]], ShardRecord]:
-    def build_one(numbered: tuple[int, Task]) -> ShardRecord:
+def _builder(directory: Path, build: Build[Task]) -> Callable[[tuple[int, Task]], tuple[int, ShardRecord]]:
+    def build_one(numbered: tuple[int, Task]) -> tuple[int, ShardRecord]:
         index, task = numbered
-        return build(task, directory, index)
+        return index, build(task, directory, index)
 
     return build_one
 
@@ -108,11 +108,11 @@ def remove_all_but(directory: Path, shards: Sequence[ShardRecord]) -> None:
 
     Args:
         directory: The shards' directory.
-        shards: What to keep.
+        shards: What to keep, with all files whose names begin like theirs up to the first dot.
     """
-    kept = {name for shard in shards for name in (shard.file, shard.lengths_file)}
+    kept = {shard.file.partition(".")[0] for shard in shards}
     for path in directory.iterdir():
-        if path.name not in kept:
+        if path.name.partition(".")[0] not in kept:
             path.unlink()
 
 

@@ -87,7 +87,7 @@ class WorkerPool(Generic[Task, Result]):
         for process in self._processes:
             process.join()
 
-    def map(self, tasks: Iterable[Task], ordered: bool = True) -> Iterator[tuple[Task, Result]]:
+    def map(self, tasks: Iterable[Task], ordered: bool = True) -> Iterator[Result]:
         """Runs the function over tasks, which are drawn as workers get free.
 
         Args:
@@ -95,7 +95,7 @@ class WorkerPool(Generic[Task, Result]):
             ordered: Whether results come in the order of the tasks, or as they are ready.
 
         Yields:
-            Each task with its result.
+            The result of each task.
 
         Raises:
             DataError: A worker died.
@@ -105,26 +105,25 @@ class WorkerPool(Generic[Task, Result]):
             yield from self._map_in_workers(tasks, ordered)
         else:
             for task in tasks:
-                yield task, self._function(task)
+                yield self._function(task)
 
-    def _map_in_workers(self, tasks: Iterable[Task], ordered: bool) -> Iterator[tuple[Task, Result]]:
+    def _map_in_workers(self, tasks: Iterable[Task], ordered: bool) -> Iterator[Result]:
         numbered = enumerate(tasks)
-        waiting: dict[int, Task] = {}
         finished: dict[int, Result] = {}
         in_hand: dict[Connection[Any, Any], list[int]] = {connection: [] for connection in self._connections}
-        oldest = 0
+        oldest, drawn = 0, 0
         while True:
-            while len(waiting) < TASKS_AHEAD * self._workers:
+            while drawn - oldest < TASKS_AHEAD * self._workers:
                 connection = min(in_hand, key=lambda connection: len(in_hand[connection]))
                 if len(in_hand[connection]) == self._in_hand or (item := next(numbered, None)) is None:
                     break
                 number, task = item
-                waiting[number] = task
+                drawn += 1
                 _send(connection, task)
                 in_hand[connection].append(number)
             number = oldest if ordered else next(iter(finished), -1)
             if number in finished:
-                yield waiting.pop(number), finished.pop(number)
+                yield finished.pop(number)
                 oldest += 1
             elif busy := [connection for connection, numbers in in_hand.items() if numbers]:
                 for ready in cast("list[Connection[Any, Any]]", wait(busy)):
@@ -135,8 +134,6 @@ class WorkerPool(Generic[Task, Result]):
 
 def _serve(connection: "Connection[Any, Any]", initialize: Callable[[], Callable[[Any], Any]]) -> None:
     """Runs in a worker until the other end of the pipe closes, also by the death of its process."""
-    # The workers are the parallelism; threads of the tokenizer library would only get in each other's way.
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
     tasks: queue.SimpleQueue[Any] = queue.SimpleQueue()
     # A thread that always takes what comes: otherwise both sides could block on a full pipe.
     threading.Thread(target=_receive_tasks, args=(connection, tasks), daemon=True).start()

@@ -36,7 +36,7 @@ def test_train_then_prepare_from_another_folder(corpus_file: Path, tmp_path: Pat
     prepared = run("prepare_data.py", *arguments, "--validation-fraction", 0.1, "--workers", 2, cwd=tmp_path)
     assert prepared.returncode == 0, prepared.stderr
     assert prepared.stderr == ""
-    assert "characters per token" in prepared.stdout
+    assert "bytes per token" in prepared.stdout
     assert read_manifest(tmp_path / "shards" / "train").documents > 40
     again = run("prepare_data.py", *arguments, "--validation-fraction", 0.1, cwd=tmp_path)
     assert again.returncode == 0
@@ -105,7 +105,7 @@ class Preparation:
 
     @property
     def finished_shards(self) -> list[Path]:
-        return sorted(self.folder.glob(".shards.partial/train/*.tar"))
+        return sorted(self.folder.glob(".shards.partial/output/train/*.tar"))
 
     def members(self) -> set[int]:
         """Living processes of the session: the preparation and its workers."""

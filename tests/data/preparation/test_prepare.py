@@ -52,7 +52,8 @@ def test_shards_hold_every_document_in_order(options: PreparationOptions, corpus
     for found in (train, validation):
         assert found == [text for text in everything if text in set(found)]
     assert len(summary.manifests["train"].shards) > 3
-    assert summary.characters == sum(map(len, everything))
+    sizes = [statistics.text_bytes for statistics in summary.statistics.values()]
+    assert sum(sizes) == sum(len(text.encode()) for text in everything)
     assert f"{len(train)} documents" in str(summary)
     assert verify_shards(options.output) == sum(len(manifest.shards) for manifest in summary.manifests.values())
     assert not list(options.output.parent.glob(".*"))
@@ -106,7 +107,7 @@ def test_the_same_again_does_nothing(options: PreparationOptions, tmp_path: Path
     again = prepare(dataclasses.replace(options, workers=2))
     assert again.already_prepared
     assert not first.already_prepared
-    assert again.characters == first.characters
+    assert again.statistics == first.statistics
     assert again.manifests == first.manifests
     assert str(again).startswith("already prepared")
     # Elsewhere, under the same name, the input is still the same input.
