@@ -137,14 +137,24 @@ def parse_document_lengths(path: Path, record: ShardRecord) -> NDArray[np.int64]
     Raises:
         DataError: The sidecar is missing or contradicts the manifest.
     """
+    dtype = np.dtype("<u4")
+    # Not np.load: it parses the header with Python's compiler, which fails now and then in threads of Python 3.11
+    # (CPython issue 106905), and the header is known.
+    header = npy_header((record.documents,), dtype)
     try:
-        lengths: NDArray[np.int64] = np.load(path, allow_pickle=False).astype(np.int64)
-    except (OSError, ValueError, EOFError) as error:
-        raise DataError(f"document lengths {path} cannot be read ({error}); {PREPARE_AGAIN}") from None
-    if lengths.shape != (record.documents,) or int(lengths.sum()) != record.tokens:
+        content = path.read_bytes()
+    except OSError as error:
+        raise DataError(f"document lengths {path} cannot be read ({error.strerror}); {PREPARE_AGAIN}") from None
+    if not content.startswith(header) or len(content) != len(header) + record.documents * dtype.itemsize:
         raise DataError(
-            f"document lengths {path} add up to {int(lengths.sum())} tokens in {lengths.size} documents, the manifest "
-            f"says {record.tokens} in {record.documents}; {PREPARE_AGAIN}"
+            f"document lengths {path} are not those of {record.documents} documents, as the manifest says; "
+            f"{PREPARE_AGAIN}"
+        )
+    lengths = np.frombuffer(content, dtype, offset=len(header)).astype(np.int64)
+    if int(lengths.sum()) != record.tokens:
+        raise DataError(
+            f"document lengths {path} add up to {int(lengths.sum())} tokens, the manifest says {record.tokens}; "
+            f"{PREPARE_AGAIN}"
         )
     return lengths
 
