@@ -13,16 +13,20 @@ EXAMPLES = Path(__file__).resolve().parents[2] / "examples" / "corpus"
 VOCABULARY = 384
 
 
-def prepare_small_corpus(folder: Path, start: int = 20_000) -> Path:
-    """Shards of the first lines of the bundled validation books; about 40 sequences of 64 tokens per epoch."""
+def prepare_small_corpus(
+    folder: Path, start: int = 20_000, characters: int = 4_000, tokenizer: Path | None = None
+) -> Path:
+    """Shards of a part of the bundled validation books; 4,000 characters are about 40 sequences of 64 tokens."""
+    folder.mkdir(exist_ok=True)
     with lzma.open(EXAMPLES / "validation.jsonl.xz", "rt", encoding="utf-8") as books:
         text = json.loads(next(books))["text"]
     paths = []
     for name, offset in (("train", start), ("validation", 60_000)):
         paths.append(folder / f"{name}.txt")
-        paths[-1].write_text(text[offset : offset + 4_000])
-    tokenizer = folder / "tokenizer.model"
-    train_sentencepiece([paths[0]], VOCABULARY, tokenizer)
+        paths[-1].write_text(text[offset : offset + characters])
+    if tokenizer is None:
+        tokenizer = folder / "tokenizer.model"
+        train_sentencepiece([paths[0]], VOCABULARY, tokenizer)
     prepare(
         PreparationOptions(
             inputs=(paths[0],),

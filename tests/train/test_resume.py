@@ -15,6 +15,7 @@ from checkpoints.fragments import FragmentReader
 from checkpoints.records import KINDS
 from checkpoints.store import CheckpointStore
 from data.streaming.stream import PackedSequences
+from parallel.errors import ConfigurationError
 from parallel.topology import initialize_topology
 from tests.processes import run_processes
 from tests.train.small_run import prepare_small_corpus, small_run
@@ -142,3 +143,51 @@ def test_stop_at_the_exact_end_of_an_epoch(tmp_path: Path, shards: Path, precisi
     assert samples(interrupted) == samples(undisturbed)
     assert json.loads(samples(undisturbed)[41])[1][1] == 1, "position 41 is the first of the second epoch"
     assert scalars(interrupted, "train/loss") == scalars(undisturbed, "train/loss")
+
+
+@pytest.mark.slow
+def test_a_mixture_goes_on_with_fewer_processes_in_its_second_epoch(tmp_path: Path, shards: Path) -> None:
+    """Two processes are killed when both sources are in epoch 2; one goes on, into a new stage."""
+    tokenizer = shards / "tokenizer.model"
+    books = prepare_small_corpus(tmp_path / "books", start=40_000, characters=1_500, tokenizer=tokenizer)
+    sources = {"web": {"path": str(shards), "weight": 0.75}, "books": {"path": str(books), "weight": 0.25}}
+    data = {"path": None, "sources": sources, "isolate_documents": True}
+    stages = [{"from_tokens": 68 * 64, "weights": {"books": 1.0}}]
+    length = {"train": {"steps": 20, "global_batch_size": 4}, "checkpoint": {"every": 4}}
+    one = {"parallel": {"data": 1}}
+    undisturbed = small_run(tmp_path, shards, "undisturbed", data={**data, "stages": stages}, **length, **one)
+    run(undisturbed)
+    interrupted = small_run(tmp_path, shards, "interrupted", data=data, **length)
+    run(interrupted, (16, 1, signal.SIGKILL))
+    run(small_run(tmp_path, shards, "interrupted", data={**data, "stages": stages}, **length, **one))
+    consumed = [json.loads(line) for line in samples(undisturbed)]
+    assert samples(interrupted) == [json.dumps(line) for line in consumed]
+    assert {tuple(sample[:2]) for _, sample, _ in consumed[60:68]} == {("web", 1), ("books", 1)}
+    assert {sample[0] for _, sample, _ in consumed[68:]} == {"books"}
+    curves = [scalars(config, "train/loss") for config in (undisturbed, interrupted)]
+    assert [step for step, _ in curves[1]] == list(range(1, 21))
+    assert [loss for _, loss in curves[1]] == pytest.approx([loss for _, loss in curves[0]], rel=1e-5)
+
+
+def test_other_data_under_a_running_job_is_named(tmp_path: Path, shards: Path) -> None:
+    """What was read so far must not change."""
+    length = {"train": {"steps": 4, "global_batch_size": 4}, "parallel": {"data": 1}}
+    run(small_run(tmp_path, shards, **length))
+    tokenizer = shards / "tokenizer.model"
+    other = prepare_small_corpus(tmp_path / "other", start=40_000, tokenizer=tokenizer)
+    retokenized = prepare_small_corpus(tmp_path / "retokenized", start=40_000)
+    for path, words in (
+        (other, "the shards of source corpus had the fingerprint"),
+        (retokenized, "source corpus was made with the tokenizer"),
+    ):
+        config = small_run(tmp_path, shards, data={"path": str(path)}, **length)
+        message = run_processes(1, refusal, config)[0]
+        assert words in message
+        assert "make the change a new stage (data.stages) from_tokens=1024 on" in message
+
+
+def refusal(config: RunConfig) -> str:
+    place = initialize_topology(config.parallel)
+    with pytest.raises(ConfigurationError) as caught:
+        Trainer(config, place, Requests(config.directory, StopSignals(), None, 0.0, watches_files=True))
+    return str(caught.value)
