@@ -1,19 +1,17 @@
 """Turns text files into a directory of shards: all of it or, under the final name, nothing."""
 
 import contextlib
-import fcntl
-import os
 import shutil
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from data.errors import DataError
-from data.files import fsync_path, write_atomically
+from data.files import write_atomically
 from data.manifest import FORMAT_VERSION, Manifest, ShardRecord, dtype_for, read_manifest, write_manifest
 from data.preparation.documents import TEXT_FIELD
 from data.preparation.inputs import check_no_file_twice, expand_inputs, identify
+from data.preparation.output_directory import locked_directory, publish
 from data.preparation.phases import Job, make_shards
 from data.preparation.records import (
     RECORD_NAME,
@@ -168,7 +166,7 @@ def _summary(
 
 
 def _prepare_locked(output: Path, job: Job) -> PreparationSummary:
-    with _locked_directory(job.partial):
+    with locked_directory(job.partial):
         # Another process may have finished it in the meantime.
         if (existing := _existing_summary(output, job.request)) is not None:
             shutil.rmtree(job.partial)
@@ -183,25 +181,6 @@ def _prepare_locked(output: Path, job: Job) -> PreparationSummary:
         summary = _complete(output, job, shards)
         shutil.rmtree(job.partial)
         return summary
-
-
-@contextlib.contextmanager
-def _locked_directory(path: Path) -> Iterator[None]:
-    """Makes a directory and keeps other preparations of the same output out."""
-    path.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise DataError(f"another process is preparing this output in {path}; wait for it or end it") from None
-        except OSError:
-            pass  # A file system without such locks: the user must not start the same preparation twice.
-        # The one who had the lock may just have deleted the directory.
-        path.mkdir(parents=True, exist_ok=True)
-        yield
-    finally:
-        os.close(descriptor)
 
 
 def _keep_only_same_request(partial: Path, request: PreparationRequest) -> None:
@@ -241,9 +220,5 @@ def _complete(output: Path, job: Job, made: dict[str, tuple[list[ShardRecord], S
         )
     record = PreparationRecord(request=job.request, statistics=statistics)
     write_atomically(job.output / RECORD_NAME, record.model_dump_json(indent=1).encode())
-    try:
-        os.rename(job.output, output)  # Fails if the output has come into being meanwhile, unless it is empty.
-    except OSError as error:
-        raise DataError(f"output {output} cannot be made ({error.strerror}); the shards are in {job.output}") from None
-    fsync_path(output.parent)
+    publish(job.output, output)
     return _summary(output, manifests, statistics, already_prepared=False)
