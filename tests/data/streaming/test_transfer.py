@@ -172,6 +172,7 @@ def test_object_stores_by_their_programs() -> None:
             fetch(f"{scheme}://corpus", "missing", attempts=2)
 
 
+@pytest.mark.slow
 def test_nothing_is_left_running_at_the_end_of_the_process(tmp_path: Path) -> None:
     """Neither by a thread in mid-transfer, nor by one in a pause; and the end does not wait for them."""
     program = (
