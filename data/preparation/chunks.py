@@ -92,8 +92,7 @@ def read_chunks(path: Path, text_field: str, maximum_bytes: int = MAXIMUM_DOCUME
         )
         for chunk in reader:
             next_line, consumed = chunk.next_line, chunk.consumed
-            blank = blank and isinstance(chunk.content, bytes) and (not chunk.content or chunk.content.isspace())
-            blank = blank and chunk.rejection is None
+            blank = blank and kind == ".jsonl" and isinstance(chunk.content, bytes) and chunk.content.isspace()
             yield chunk
     except (OSError, EOFError, zlib.error, lzma.LZMAError, zstandard.ZstdError, pyarrow.ArrowException) as error:
         first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
@@ -122,8 +121,8 @@ def _read(path: Path, kind: str, maximum_bytes: int) -> Iterator[Chunk]:
         content = stream.read(maximum_bytes + 1)
         if len(content) > maximum_bytes:
             yield _too_long(path, kind, 1, file.tell(), maximum_bytes)
-        else:
-            yield Chunk(path, kind, 1, content.removeprefix(UTF8_BYTE_ORDER_MARK), file.tell())
+        elif text := content.removeprefix(UTF8_BYTE_ORDER_MARK):
+            yield Chunk(path, kind, 1, text, file.tell())
 
 
 def _read_lines(path: Path, file: BinaryIO, stream: BinaryIO, maximum_bytes: int) -> Iterator[Chunk]:

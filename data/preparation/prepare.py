@@ -12,6 +12,7 @@ from data.manifest import FORMAT_VERSION, Manifest, ShardRecord, dtype_for, read
 from data.preparation.documents import TEXT_FIELD
 from data.preparation.inputs import check_no_file_twice, expand_inputs, identify
 from data.preparation.output_directory import locked_directory, publish
+from data.preparation.parallel_shards import remove_temporary_files
 from data.preparation.phases import Job, make_shards
 from data.preparation.records import (
     RECORD_NAME,
@@ -194,6 +195,7 @@ def _keep_only_same_request(partial: Path, request: PreparationRequest) -> None:
 
 def _complete(output: Path, job: Job, made: dict[str, tuple[list[ShardRecord], SplitCounts]]) -> PreparationSummary:
     """Adds all that is no shard, and gives the output its name."""
+    remove_temporary_files(job.output)
     tokenizer = job.tokenizer
     tokenizer_file = f"tokenizer{tokenizer.path.suffix}"
     write_atomically(job.output / tokenizer_file, tokenizer.path.read_bytes())

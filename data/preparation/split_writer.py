@@ -55,7 +55,7 @@ class _FinishedShard(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     shard: ShardRecord = Field(..., description="A finished shard.")
-    position: Position = Field(..., description="Where its last document stands in the input.")
+    position: Position = Field(..., description="The last place in the input that was dealt with.")
     counts: SplitCounts = Field(..., description="Counters of the split up to there.")
     rejected_bytes: int = Field(..., ge=0, description="Size of the list of rejected documents up to there.")
 
@@ -65,7 +65,7 @@ class SplitWriter:
 
     Attributes:
         shards: Finished shards.
-        position: Where the last document of finished shards stands in the input; (-1, 0) if there are none.
+        position: The last place in the input that finished shards and counters deal with; (-1, 0) if there are none.
     """
 
     def __init__(
@@ -135,17 +135,18 @@ class SplitWriter:
         end = 0
         for index, (line, length) in enumerate(zip(documents.lines, documents.lengths, strict=True)):
             while rejection is not None and rejection.line < line:
-                self._reject(rejection)
+                self._reject(file, rejection)
                 rejection = next(rejections, None)
             start, end = end, end + length
             hashed = documents.hashes[index if has_hashes else 0 :][:1].reshape(-1)
             self._last = Position(file, line)
             self._add(StoredDocument(documents.tokens[start:end], documents.sizes[index], hashed))
         while rejection is not None:
-            self._reject(rejection)
+            self._reject(file, rejection)
             rejection = next(rejections, None)
 
-    def _reject(self, rejection: Rejection) -> None:
+    def _reject(self, file: int, rejection: Rejection) -> None:
+        self._last = Position(file, rejection.line)
         self._rejected_counts[rejection.reason] = self._rejected_counts.get(rejection.reason, 0) + 1
         if rejection.reason in HARMLESS_REASONS:
             return

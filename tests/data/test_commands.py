@@ -13,7 +13,7 @@ import pytest
 from data.manifest import read_manifest
 from data.preparation.documents import read_documents
 from data.shards import verify_shards
-from tests.data.preparation.test_prepare import files
+from tests.data.preparation.reading import files
 
 TOOLS = Path(__file__).resolve().parents[2] / "tools"
 

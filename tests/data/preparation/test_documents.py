@@ -4,11 +4,16 @@ import lzma
 from collections.abc import Callable
 from pathlib import Path
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 import zstandard
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from data.errors import DataError
-from data.preparation.documents import read_documents
+from data.preparation.chunks import CHUNK_BYTES, Rejection, read_chunks
+from data.preparation.documents import Document, parse_chunk, read_documents
 
 TEXTS = ["first\nsecond  line\r\n", " \u00e9\u6f22 ", "x" * 5000]
 
@@ -111,3 +116,100 @@ def test_missing_files_and_folders(tmp_path: Path) -> None:
         read(tmp_path / "absent.txt")
     with pytest.raises(DataError, match=r"is not a file; name the files in it"):
         read(tmp_path)
+
+
+def write_table(path: Path, texts: list[str | None], column: str = "text") -> None:
+    table = pyarrow.table({"other": list(range(len(texts))), column: pyarrow.array(texts, pyarrow.string())})
+    pyarrow.parquet.write_table(table, path, row_group_size=3)
+
+
+@pytest.mark.parametrize(
+    ("ending", "compress"), [("", bytes), (".xz", lzma.compress), (".gz", gzip.compress), (".zst", zstandard.compress)]
+)
+def test_parquet(tmp_path: Path, ending: str, compress: Callable[[bytes], bytes]) -> None:
+    texts = [*TEXTS, *(f"row {number}" * number for number in range(20)), "x" * (3 * CHUNK_BYTES), "last"]
+    write_table(tmp_path / "plain.parquet", texts)
+    path = tmp_path / f"a.parquet{ending}"
+    path.write_bytes(compress((tmp_path / "plain.parquet").read_bytes()))
+    steps: list[int] = []
+    assert list(read_documents(path, steps.append)) == [text for text in texts if text]
+    assert sum(steps) == path.stat().st_size
+
+
+def pieces(path: Path, text_field: str = "text", maximum_bytes: int = 2 * CHUNK_BYTES) -> list[Document | Rejection]:
+    chunks = read_chunks(path, text_field, maximum_bytes)
+    return [piece for chunk in chunks for piece in parse_chunk(chunk, text_field)]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda path: path.write_bytes(path.read_bytes()[:-20]), "a.parquet cannot be read .*damaged or incomplete"),
+        (lambda path: path.write_bytes(b"no table"), "a.parquet cannot be read .*damaged"),
+        (lambda path: write_table(path, ["a"], "body"), r'no column "text" \(found \[\'other\', \'body\'\]\); name'),
+        (
+            lambda path: pyarrow.parquet.write_table(pyarrow.table({"text": [1]}), path),
+            'column "text" has type int64; name one with strings by --text-field',
+        ),
+        (lambda path: write_table(path, []), "a.parquet holds no document"),
+        (lambda path: write_table(path, ["a", None]), "a.parquet, line 2: no text in this row"),
+        (lambda path: write_table(path, ["a", "b\n\0"]), "a.parquet, line 2: NUL character"),
+    ],
+)
+def test_bad_tables(tmp_path: Path, change: Callable[[Path], object], message: str) -> None:
+    path = tmp_path / "a.parquet"
+    write_table(path, ["a"] * 100)
+    change(path)
+    with pytest.raises(DataError, match=message) as error:
+        read(path)
+    assert "\n" not in str(error.value)
+
+
+def test_the_text_can_have_another_name(tmp_path: Path) -> None:
+    write_table(tmp_path / "a.parquet", ["a"], "body")
+    (tmp_path / "a.jsonl").write_text('{"body": "a"}\n{"text": "b"}\n')
+    assert pieces(tmp_path / "a.parquet", "body") == [Document(1, "a", b"a")]
+    document, rejection = pieces(tmp_path / "a.jsonl", "body")
+    assert document == Document(1, "a", b"a")
+    assert isinstance(rejection, Rejection)
+    assert (rejection.line, rejection.reason) == (2, "no text field")
+
+
+def test_documents_that_are_too_long_are_left_out(tmp_path: Path) -> None:
+    """One just fits, one is a byte too long, one ends the file; after each the lines are still counted right."""
+    limit = 2 * CHUNK_BYTES
+    fitting, long = "a" * (limit - len('{"text": ""}\n')), "b" * (2 * limit)
+    lines = json_lines([])
+    for text in ("first", fitting, fitting + "a", "between", long, "behind", long):
+        lines += json.dumps({"text": text}).encode() + b"\n"
+    for content in (lines, lines.rstrip()):
+        (tmp_path / "a.jsonl").write_bytes(content)
+        found = pieces(tmp_path / "a.jsonl")
+        assert [piece.line for piece in found] == [1, 2, 3, 4, 5, 6, 7]
+        assert [piece.line for piece in found if isinstance(piece, Rejection)] == [3, 5, 7]
+        assert {piece.reason for piece in found if isinstance(piece, Rejection)} == {"too long"}
+        assert found[2][-1] == f"{tmp_path}/a.jsonl, line 3: a document of more than 2 MiB; split it"
+    write_table(tmp_path / "a.parquet", ["first", "a" * limit, "b" * (limit + 1), "last"])
+    assert [piece.line for piece in pieces(tmp_path / "a.parquet") if isinstance(piece, Rejection)] == [3]
+    (tmp_path / "a.txt").write_text("a" * (limit + 1))
+    assert [piece.reason for piece in pieces(tmp_path / "a.txt")] == ["too long"]
+
+
+@settings(max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    lines=st.lists(st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=30)),
+    chunk_bytes=st.integers(1, 100),
+    blank=st.sampled_from([b"", b"\n", b" \r\n"]),
+)
+def test_lines_survive_any_cut(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lines: list[str], chunk_bytes: int, blank: bytes
+) -> None:
+    monkeypatch.setattr("data.preparation.chunks.CHUNK_BYTES", chunk_bytes)
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b"".join(blank + json.dumps({"text": line}).encode() + b"\n" for line in lines) + b"{")
+    *documents, last = pieces(path)
+    step = 2 if blank else 1
+    assert [piece.line for piece in documents] == [step * (number + 1) for number in range(len(lines))]
+    assert [piece.text for piece in documents if isinstance(piece, Document)] == lines
+    assert isinstance(last, Rejection)
+    assert (last.line, last.reason) == (step * len(lines) + 1, "malformed JSON")

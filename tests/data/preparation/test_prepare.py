@@ -1,7 +1,11 @@
 import dataclasses
+import gzip
 import hashlib
 import json
+import shutil
+import subprocess
 from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -9,12 +13,15 @@ import pytest
 
 from data.config import DataConfig
 from data.errors import DataError
-from data.manifest import read_manifest
+from data.preparation import tokenizing
+from data.preparation.chunks import Chunk
 from data.preparation.documents import read_documents
 from data.preparation.prepare import PreparationOptions, prepare
-from data.shards import ShardReader, read_document_lengths, verify_shards
+from data.preparation.records import REJECTED_NAME
+from data.shards import verify_shards
 from data.streaming.stream import SequenceStream
-from data.tokenizer import load_tokenizer
+from data.tokenizer import Tokenizer, _SentencePieceTokenizer, load_tokenizer
+from tests.data.preparation.reading import files, texts
 
 
 @pytest.fixture
@@ -26,21 +33,6 @@ def options(corpus_file: Path, sentencepiece_file: Path, tmp_path: Path) -> Prep
         validation_fraction=0.2,
         shard_tokens=500,
     )
-
-
-def files(directory: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(directory)): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
-
-
-def texts(directory: Path, split: str) -> list[str]:
-    manifest = read_manifest(directory / split)
-    tokenizer = load_tokenizer(directory / manifest.tokenizer_file)
-    found = []
-    for record in manifest.shards:
-        tokens = ShardReader(directory / split / record.file, record, manifest.dtype).read(0, record.tokens)
-        lengths = read_document_lengths(directory / split, record)
-        found += [tokenizer.decode(part.tolist()) for part in np.split(tokens, np.cumsum(lengths)[:-1])]
-    return found
 
 
 def test_shards_hold_every_document_in_order(options: PreparationOptions, corpus_file: Path) -> None:
@@ -128,6 +120,9 @@ def test_other_content_is_not_overwritten(options: PreparationOptions, tmp_path:
         ({"tokenizer": tokenizer_json}, "tokenizer_fingerprint"),
         ({"validation_fraction": 0.3}, "validation_fraction"),
         ({"shard_tokens": 400}, "shard_tokens"),
+        ({"min_tokens": 1}, "min_tokens"),
+        ({"shuffle_documents": 0}, "shuffle_documents"),
+        ({"remove_duplicates": True}, "remove_duplicates"),
     ):
         with pytest.raises(DataError, match=rf"prepared from something else \({field} differ\); give another --output"):
             prepare(dataclasses.replace(options, **change))
@@ -168,6 +163,8 @@ def test_a_bad_input_leaves_nothing(options: PreparationOptions, tmp_path: Path)
         ({"validation_fraction": 1e-9}, "no document went to the validation split"),
         ({"workers": 0}, "--workers 0 must be"),
         ({"shard_tokens": 0}, "--shard-tokens 0 must be"),
+        ({"min_tokens": -1}, "--min-tokens -1 must be"),
+        ({"shuffle_documents": -1}, "--shuffle-documents -1 must be"),
         ({"output": Path("/dev/null/shards")}, "/dev/null.*: Not a directory"),
     ],
 )
@@ -176,3 +173,132 @@ def test_bad_options(options: PreparationOptions, change: dict[str, object], mes
         prepare(dataclasses.replace(options, **change))
     with pytest.raises(DataError, match="exclude each other"):
         prepare(dataclasses.replace(options, validation_inputs=options.inputs))
+
+
+def test_what_is_rejected_is_counted_and_listed(options: PreparationOptions, tmp_path: Path) -> None:
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"text": "a"}\n{"text": ""}\n{"text"\n{"text": 1}\n{"text": "' + "the river " * 20 + '"}\n')
+    damaged = tmp_path / "damaged.jsonl.gz"
+    # What is lost is what was read at once, here some of the blank lines.
+    damaged.write_bytes(gzip.compress(options.inputs[0].read_bytes() + b"\n" * (2 << 20))[:-10])
+    (tmp_path / "empty.txt").touch()
+    inputs = (bad, damaged, tmp_path / "empty.txt")
+    skipping = dataclasses.replace(options, inputs=inputs, on_malformed="skip", min_tokens=5)
+    summary = prepare(skipping)
+    expected = {"damaged file": 1, "empty": 1, "empty file": 1, "malformed JSON": 1, "no text field": 1, "too short": 1}
+    assert summary.rejected == expected
+    rejected = [json.loads(line) for line in (options.output / REJECTED_NAME).read_text().splitlines()]
+    assert [(entry["file"], min(entry["line"], 61), entry["reason"]) for entry in rejected] == [
+        (str(bad), 3, "malformed JSON"),
+        (str(bad), 4, "no text field"),
+        (str(damaged), 61, "damaged file"),
+        (str(tmp_path / "empty.txt"), 1, "empty file"),
+    ]
+    assert len(texts(options.output, "train") + texts(options.output, "validation")) == 61
+    assert f"{bad}, line 3: malformed JSON" in str(summary)
+    assert "1 too short" in str(summary)
+    assert str(prepare(skipping)).partition("\n")[2] == str(summary).partition("\n")[2]
+    for path, message in ((bad, "line 3: malformed"), (damaged, "damaged or"), (inputs[2], "no document")):
+        with pytest.raises(DataError, match=message):
+            prepare(dataclasses.replace(options, inputs=(path,), output=tmp_path / "other"))
+
+
+def test_skipping_goes_on_where_failing_stopped(options: PreparationOptions, tmp_path: Path) -> None:
+    large = tmp_path / "large.jsonl"
+    large.write_bytes(options.inputs[0].read_bytes() * 3 + b"{\n" + options.inputs[0].read_bytes())
+    failing = dataclasses.replace(options, inputs=(large,))
+    with pytest.raises(DataError, match=r"large.jsonl, line 181: malformed JSON"):
+        prepare(failing)
+    kept = {path.name: path.stat().st_mtime_ns for path in tmp_path.glob(".shards.partial/output/train/*")}
+    assert len(kept) > 6
+    skipping = dataclasses.replace(failing, on_malformed="skip")
+    prepare(skipping)
+    assert {name: (options.output / "train" / name).stat().st_mtime_ns for name in kept} == kept
+    prepare(dataclasses.replace(skipping, output=tmp_path / "whole"))
+    assert files(options.output) == files(tmp_path / "whole")
+
+
+def test_a_token_outside_the_vocabulary_is_not_stored(
+    options: PreparationOptions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a damaged tokenizer would give it; the library itself cannot be brought to it."""
+    monkeypatch.setattr(
+        "data.tokenizer._SentencePieceTokenizer.encode_batch", lambda self, texts: [[1, 330]] * len(texts)
+    )
+    with pytest.raises(
+        DataError, match=r"corpus.jsonl, line 1: tokenizer .* gives token id 330, its vocabulary has 330"
+    ):
+        prepare(options)
+    assert not list(options.output.parent.glob(".*"))
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=512k", "tmpfs", folder]
+    if shutil.which("mount") is None or subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("mounting a small file system needs the right to mount")
+    yield folder
+    subprocess.run(["umount", "-l", folder], check=True)
+
+
+@pytest.mark.parametrize(
+    ("change", "free"),
+    [({}, (50, 110)), ({"shuffle_documents": 1, "remove_duplicates": True}, (60, 150))],
+)
+def test_a_full_disk_leaves_finished_shards(
+    options: PreparationOptions, tmp_path: Path, small_disk: Path, change: dict[str, object], free: tuple[int, int]
+) -> None:
+    """The disk is full in either phase; with more space, the same call goes on."""
+    output = small_disk / "shards"
+    on_disk = dataclasses.replace(options, output=output, **change)
+    for kibibytes in free:
+        (small_disk / "ballast").write_bytes(bytes((512 - kibibytes) << 10))
+        with pytest.raises(DataError, match=r"No space left on device; finished shards are kept: free space"):
+            prepare(on_disk)
+        assert not output.exists()
+        assert not list(small_disk.rglob("*.tmp"))
+        kept = {path.name: path.stat().st_mtime_ns for path in small_disk.glob(".shards.partial/output/train/*.tar")}
+        kept |= {path.name: path.stat().st_mtime_ns for path in small_disk.glob(".shards.partial/intermediate/*/*.tar")}
+        assert kept
+    (small_disk / "ballast").unlink()
+    prepare(on_disk)
+    prepare(dataclasses.replace(on_disk, output=tmp_path / "whole"))
+    assert files(output) == files(tmp_path / "whole")
+
+
+def test_resuming_opens_and_tokenizes_only_what_is_missing(
+    options: PreparationOptions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of three files, the second ends in malformed input, so that shards hold all of the first and part of it."""
+    opened: list[str] = []
+    tokenized: list[str] = []
+    read = tokenizing.read_chunks
+    encode = _SentencePieceTokenizer.encode_batch
+
+    def read_chunks(path: Path, text_field: str) -> Iterator[Chunk]:
+        opened.append(path.name)
+        return read(path, text_field)
+
+    def encode_batch(self: Tokenizer, batch: Sequence[str]) -> list[list[int]]:
+        tokenized.extend(batch)
+        return encode(self, batch)
+
+    monkeypatch.setattr(tokenizing, "read_chunks", read_chunks)
+    monkeypatch.setattr(_SentencePieceTokenizer, "encode_batch", encode_batch)
+    lines = options.inputs[0].read_bytes()
+    inputs = tuple(tmp_path / f"{number}.jsonl" for number in range(3))
+    for path, content in zip(inputs, (lines, lines + b"{\n", lines), strict=True):
+        path.write_bytes(content)
+    job = dataclasses.replace(options, inputs=inputs, validation_fraction=0.0)
+    with pytest.raises(DataError, match=r"1.jsonl, line 61"):
+        prepare(job)
+    assert opened == ["0.jsonl", "1.jsonl"]
+    kept = sum(len(np.load(path)) for path in tmp_path.glob(".shards.partial/output/train/*.lengths.npy"))
+    assert 60 < kept < 120
+    opened.clear()
+    tokenized.clear()
+    prepare(dataclasses.replace(job, on_malformed="skip"))
+    assert opened == ["1.jsonl", "2.jsonl"]
+    assert len(tokenized) == 180 - kept

@@ -1,0 +1,66 @@
+import functools
+import os
+import time
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from data.preparation.workers import TASKS_AHEAD, WorkerPool
+
+
+def squarer(slow: int) -> Callable[[int], int]:
+    """One task takes far longer than the others."""
+
+    def square(task: int) -> int:
+        if task == slow:
+            time.sleep(0.3)
+        if task < 0:
+            raise ValueError(f"task {task} is negative")
+        return task * task
+
+    return square
+
+
+def sizes(task: bytes) -> tuple[int, bytes]:
+    return os.getpid(), task
+
+
+def echo() -> Callable[[bytes], tuple[int, bytes]]:
+    return sizes
+
+
+@pytest.mark.slow
+def test_order_lookahead_and_errors() -> None:
+    drawn = 0
+
+    def tasks(numbers: range) -> Iterator[int]:
+        nonlocal drawn
+        for number in numbers:
+            drawn += 1
+            yield number
+
+    with WorkerPool(functools.partial(squarer, 3), 2) as pool:
+        for position, result in enumerate(pool.map(tasks(range(50)))):
+            assert result == position**2
+            assert drawn <= position + 1 + 2 * TASKS_AHEAD
+        unordered = list(pool.map(range(20), ordered=False))
+        assert sorted(unordered) == [number**2 for number in range(20)]
+        assert unordered[3] != 9
+        with pytest.raises(ValueError, match="task -1 is negative"):
+            list(pool.map([1, 2, -1, 3]))
+
+
+@pytest.mark.slow
+def test_tasks_and_results_larger_than_any_pipe() -> None:
+    """Both sides send megabytes at once, which must not block them."""
+    task = bytes(3 << 20)
+    with WorkerPool(echo, 2) as pool:
+        results = list(pool.map([task] * 12))
+    assert all(result == task for _, result in results)
+    assert len({process for process, _ in results}) == 2
+    assert os.getpid() not in {process for process, _ in results}
+
+
+def test_one_worker_is_this_process() -> None:
+    with WorkerPool(echo, 1) as pool:
+        assert list(pool.map([b"a"])) == [(os.getpid(), b"a")]
