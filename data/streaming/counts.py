@@ -30,7 +30,7 @@ MAXIMUM_THREADS = 8
 # Counting fewer shards takes no time worth a word.
 SHARDS_WORTH_REPORTING = 64
 # How often a part of the table is stored while it is being made.
-SECONDS_BETWEEN_PARTS = 5.0
+SECONDS_BETWEEN_PARTS = 1.0
 
 
 class _StoredTable(BaseModel):
