@@ -8,7 +8,7 @@ from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
 from data.config import CacheConfig, is_remote
-from data.errors import DataError
+from data.errors import DataError, MissingFileError
 from data.manifest import ShardRecord
 
 
@@ -52,12 +52,13 @@ class CorpusFiles(ABC):
         """A small file without a known checksum, such as train/manifest.json.
 
         Raises:
-            DataError: There is no such file, or it cannot be fetched.
+            MissingFileError: There is no such file, or that cannot be told from a failure.
+            DataError: It cannot be fetched.
         """
 
     @abstractmethod
     def optional_metadata(self, name: str) -> Path | None:
-        """As `metadata`, but None if there is no such file, or if that cannot be told from a failure."""
+        """As `metadata`, but None instead of `MissingFileError`; after one attempt, if a failure may mean either."""
 
     @abstractmethod
     def path(self, file: FileIdentity) -> Path:
@@ -102,7 +103,7 @@ class LocalFiles(CorpusFiles):
         """A file of the directory."""
         path = self._root / name
         if not path.is_file():
-            raise DataError(f"{path} does not exist; prepare the data again with tools/prepare_data.py")
+            raise MissingFileError(f"{path} does not exist; prepare the data again with tools/prepare_data.py")
         return path
 
     def optional_metadata(self, name: str) -> Path | None:

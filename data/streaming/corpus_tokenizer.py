@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from data.config import DataConfig
-from data.errors import DataError
+from data.errors import DataError, MissingFileError
 from data.files import sha256_of_file
 from data.manifest import MANIFEST_NAME, Manifest, parse_manifest
 from data.streaming.corpus_files import CorpusFiles, open_corpus
@@ -39,13 +39,14 @@ def manifest_of(files: CorpusFiles, split: str) -> Manifest:
     Raises:
         DataError: There is no such split, or its manifest is damaged.
     """
-    path = files.optional_metadata(f"{split}/{MANIFEST_NAME}")
-    if path is None:
+    try:
+        path = files.metadata(f"{split}/{MANIFEST_NAME}")
+    except MissingFileError as error:
         option = "--validation-input or --validation-fraction" if split == "validation" else "--input"
         raise DataError(
             f"{files.location} has no {split} split: {split}/{MANIFEST_NAME} is missing; prepare it with "
             f"tools/prepare_data.py and {option}"
-        )
+        ) from error
     return parse_manifest(path)
 
 

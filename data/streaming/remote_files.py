@@ -8,14 +8,11 @@ from contextlib import suppress
 from pathlib import Path
 
 from data.config import CacheConfig
-from data.errors import DataError
+from data.errors import DataError, MissingFileError
 from data.files import write_atomically
 from data.streaming.corpus_files import CorpusFiles, FileIdentity
 from data.streaming.shard_cache import ShardCache
-from data.streaming.transfer import Fetcher, MissingFileError
-
-# Where a failure may mean a missing file or a broken network, a file that may be missing is asked for this often.
-OPTIONAL_ATTEMPTS = 3
+from data.streaming.transfer import Fetcher
 
 
 class RemoteFiles(CorpusFiles):
@@ -58,7 +55,7 @@ class RemoteFiles(CorpusFiles):
 
     def optional_metadata(self, name: str) -> Path | None:
         """As `metadata`, or None."""
-        attempts = self._attempts if self._fetcher.tells_missing else min(self._attempts, OPTIONAL_ATTEMPTS)
+        attempts = self._attempts if self._fetcher.tells_missing else 1
         with self._metadata_lock:
             if name not in self._metadata:
                 try:

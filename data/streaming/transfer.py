@@ -16,7 +16,7 @@ from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 from urllib.parse import urlsplit, urlunsplit
 
-from data.errors import DataError
+from data.errors import DataError, MissingFileError
 
 Result = TypeVar("Result")
 CHUNK_BYTES = 2**20
@@ -52,10 +52,6 @@ class TransferError(Exception):
     def __init__(self, reason: str, *, refused: bool = False) -> None:
         super().__init__(reason)
         self.refused = refused
-
-
-class MissingFileError(DataError):
-    """The other side says, or may have said, that there is no such file."""
 
 
 class Fetcher:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from data.config import CacheConfig
-from data.errors import DataError
+from data.errors import DataError, MissingFileError
 from data.manifest import Manifest
 from data.streaming.corpus_files import FileIdentity, LocalFiles, lengths_of, open_corpus, tar_of
 from data.streaming.remote_files import RemoteFiles
@@ -71,9 +71,11 @@ def test_another_process_has_the_shards_and_the_newest_metadata(
 
 
 def test_what_a_command_cannot_find_may_be_missing(open_remote: Callable[..., RemoteFiles], tmp_path: Path) -> None:
-    files = open_remote(f"pipe:echo {{file}} >> {tmp_path}/log; cat {tmp_path}/{{file}} 2>/dev/null")
+    files = open_remote(f"pipe:echo {{file}} >> {tmp_path}/log; cat {tmp_path}/{{file}} 2>/dev/null", attempts=2)
     assert files.optional_metadata("nothing") is None
-    assert (tmp_path / "log").read_text().split() == ["nothing"] * 3
+    with pytest.raises(MissingFileError, match=r"the command ended with status 1 \(2 attempts\)"):
+        files.metadata("something")
+    assert (tmp_path / "log").read_text().split() == ["nothing", "something", "something"]
 
 
 def test_prefetching_brings_everything_in_order(

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from data.errors import DataError
-from data.streaming.transfer import Fetcher, MissingFileError
+from data.errors import DataError, MissingFileError
+from data.streaming.transfer import Fetcher
 from tests.data.streaming.faulty_server import FaultyServer
 
 CONTENT = os.urandom(300_000)
