@@ -161,14 +161,17 @@ def test_what_a_killed_process_left_is_removed(corpus: Corpus, tmp_path: Path) -
 
 def test_what_was_used_longest_ago_makes_room(corpus: Corpus, tmp_path: Path) -> None:
     cache, names = open_cache(tmp_path, files=3.5), list(corpus.files)
-    for name in names[:3]:
-        add(cache, corpus, name)
-    opened = open(cache.add(corpus.files[names[1]], corpus.fetch(names[1])), "rb")  # noqa: SIM115
-    add(cache, corpus, names[0])
-    for name in names[3:5]:
-        add(cache, corpus, name)
-    assert names_in(tmp_path / "cache") == {corpus.files[names[kept]].sha256 for kept in (0, 3, 4)}
-    with opened:
+
+    def use(number: int) -> Path:
+        time.sleep(0.02)  # Times of files are as coarse as the kernel's clock.
+        return cache.add(corpus.files[names[number]], corpus.fetch(names[number]))
+
+    for number in range(3):
+        use(number)
+    with open(use(1), "rb") as opened:
+        for number in (0, 3, 4):
+            use(number)
+        assert names_in(tmp_path / "cache") == {corpus.files[names[kept]].sha256 for kept in (0, 3, 4)}
         assert opened.read() == corpus.contents[names[1]]
 
 
