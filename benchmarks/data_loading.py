@@ -66,7 +66,7 @@ def stream_batches(shards: Path, padding: bool) -> Iterator[Batch]:
 
 def open_stream(shards: Path, padding: bool = True) -> SequenceStream:
     """The stream as training opens it."""
-    config = DataConfig(path=shards, random_left_padding=padding, pad_to_block_boundary=padding)
+    config = DataConfig(path=str(shards), random_left_padding=padding, pad_to_block_boundary=padding)
     return SequenceStream(config, "train", block_length=BLOCK, sequence_length=SEQUENCE)
 
 

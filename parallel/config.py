@@ -200,6 +200,10 @@ class ParallelConfig(BaseModel):
         """Number of processes the layout needs."""
         return self.tensor * self.pipeline * self.data
 
+    def data_rank(self, rank: int) -> int:
+        """The data-parallel rank of a process: ranks count tensor-parallel ranks first, then data-parallel ones."""
+        return rank // self.tensor % self.data
+
     def __str__(self) -> str:
         sequence = " + sequence parallel" if self.sequence_parallel else ""
         return f"tensor {self.tensor}{sequence} x pipeline {self.pipeline} x data {self.data}, ZeRO {self.zero_stage}"

@@ -208,6 +208,22 @@ class SequenceStream:
             ids.append(SampleId(source.name, *source.place(place)))
         return ids
 
+    def documents(self, position: int) -> NDArray[np.int64]:
+        """Finds which document of its shard each slot of a sequence belongs to, without reading tokens.
+
+        Args:
+            position: Position of the sequence.
+
+        Returns:
+            [sequence_length] numbers of documents.
+
+        Raises:
+            DataError: The document lengths of the shard cannot be read.
+        """
+        number, place = self._mixture.locate(position)
+        source = self.sources[number]
+        return source.documents(source.place(place))
+
     def describe(self) -> str:
         """Sums up the split, one line for each source."""
         return "\n".join(self._describe(source) for source in self.sources)

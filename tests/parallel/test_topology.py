@@ -35,3 +35,14 @@ def _sums_of_groups_in_turn() -> list[float]:
 
 def test_groups_follow_each_other_at_one_store() -> None:
     assert run_processes(2, _sums_of_groups_in_turn) == [[2.0, 4.0, 6.0]] * 2
+
+
+def _data_ranks(layouts: list[ParallelConfig]) -> list[tuple[int, int]]:
+    rank = torch.distributed.get_rank()
+    return [(topology.initialize_topology(layout).data_rank, layout.data_rank(rank)) for layout in layouts]
+
+
+def test_the_data_parallel_rank_is_known_without_a_process_group() -> None:
+    layouts = [ParallelConfig(tensor=2, data=2), ParallelConfig(pipeline=2, data=2), ParallelConfig(data=4)]
+    for ranks in run_processes(4, _data_ranks, layouts):
+        assert all(actual == computed for actual, computed in ranks)

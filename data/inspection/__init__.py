@@ -1,0 +1,1 @@
+"""Looks into prepared corpora."""
