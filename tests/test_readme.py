@@ -9,11 +9,13 @@ import lzma
 import math
 import re
 import shlex
+import struct
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tokenizers
 import zstandard
@@ -91,6 +93,18 @@ def plan_uptraining(command: str, workspace: Path) -> None:
     assert "token_decoder.layers.5.attention.dense.weight <- vanilla.layers.11.attention.dense.weight" in plan
 
 
+def import_tokens(command: str, workspace: Path) -> None:
+    """Two thousand documents of three tokens in Megatron's format, of which about two go to validation."""
+    documents = 2000
+    tokens = np.arange(1, 1 + 3 * documents, dtype="<u2") % 500
+    (workspace / "pile" / "tokens.bin").write_bytes(tokens.tobytes())
+    header = b"MMIDIDX\0\0" + struct.pack("<QBQQ", 1, 8, documents, documents + 1)  # version, uint16, sequences
+    lengths, pointers = np.full(documents, 3, dtype="<i4"), np.arange(documents, dtype="<i8") * 6
+    index = header + lengths.tobytes() + pointers.tobytes() + np.arange(documents + 1, dtype="<i8").tobytes()
+    (workspace / "pile" / "tokens.idx").write_bytes(index)
+    assert "train: " in bash(command, workspace)
+
+
 PREPARE = f"{PYTHON} tools/prepare_data.py --input"
 UPTRAIN = f"{PYTHON} tools/uptrain_from_vanilla.py --vanilla"
 CONVERT = f"{PYTHON} tools/convert_checkpoint.py"
@@ -123,6 +137,10 @@ COVERAGE: dict[str, Callable[[str, Path], None]] = {
     f"{PREPARE} pile/train-*.jsonl.zst --validation-input pile/validation.jsonl.zst "
     "--tokenizer tokenizer.json --output runs/pile/shards": run,
     f"{PYTHON} tools/pretrain.py {PAPER_CONFIG} --dry-run": run,
+    f"{PYTHON} tools/inspect_data.py statistics runs/mine/shards": run,
+    f"{PYTHON} tools/inspect_data.py step runs/mine-1 --step 2 --rank 0": run,
+    f"{PYTHON} tools/import_megatron.py --input pile/tokens --validation-fraction 0.001 --tokenizer tokenizer.json "
+    "--output runs/pile-tokens/shards": import_tokens,
     "sbatch slurm/pretrain_block_1b.sh": check_job,
     "sbatch --nodes=4 --partition=gpu slurm/pretrain_block_1b.sh parallel.tensor=2 "
     "parallel.sequence_parallel=true": check_job,
