@@ -1,6 +1,7 @@
 """Cuts input files, plain or compressed, into chunks of whole raw lines or rows, without looking into them."""
 
 import contextlib
+import errno
 import gzip
 import io
 import lzma
@@ -82,7 +83,7 @@ def read_chunks(path: Path, text_field: str, maximum_bytes: int = MAXIMUM_DOCUME
         The chunks in order. Damage of the file is a rejection, and the last chunk.
 
     Raises:
-        DataError: The path is no input file, or a parquet file has no such column.
+        DataError: The path is no input file, a parquet file has no such column, or a disk fails or is full.
     """
     kind = check_input_path(path)
     next_line, consumed, blank = 1, 0, True
@@ -95,6 +96,9 @@ def read_chunks(path: Path, text_field: str, maximum_bytes: int = MAXIMUM_DOCUME
             blank = blank and kind == ".jsonl" and isinstance(chunk.content, bytes) and chunk.content.isspace()
             yield chunk
     except (OSError, EOFError, zlib.error, lzma.LZMAError, zstandard.ZstdError, pyarrow.ArrowException) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            # The file may be fine, so nobody may skip it.
+            raise DataError(f"{path} cannot be read ({error.strerror}); see to the disk and try again") from error
         first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
         message = f"{path} cannot be read ({first_line}); it is damaged or incomplete, fetch it again"
         yield _rejected(path, kind, consumed, Rejection(str(path), next_line, "damaged file", message))
@@ -153,8 +157,7 @@ def _read_table(path: Path, text_field: str, maximum_bytes: int) -> Iterator[Chu
         source: Path | BinaryIO = path
         if path.suffix in COMPRESSIONS:  # A table is read from its end, so it must be unpacked first.
             source = cast(BinaryIO, stack.enter_context(tempfile.TemporaryFile()))
-            with open(path, "rb") as file, _decompress(path, file) as stream:
-                shutil.copyfileobj(stream, source, CHUNK_BYTES)
+            _unpack(path, source)
         table = stack.enter_context(parquet.ParquetFile(source))
         rows = max(table.metadata.num_rows, 1)
         line = 1
@@ -163,6 +166,18 @@ def _read_table(path: Path, text_field: str, maximum_bytes: int) -> Iterator[Chu
             consumed = path.stat().st_size * (line - 1 + len(texts)) // rows
             yield from _cut_rows(path, line, texts, consumed, maximum_bytes)
             line += len(texts)
+
+
+def _unpack(path: Path, target: BinaryIO) -> None:
+    try:
+        with open(path, "rb") as file, _decompress(path, file) as stream:
+            shutil.copyfileobj(stream, target, CHUNK_BYTES)
+        target.flush()
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        folder = tempfile.gettempdir()
+        raise DataError(f"{path} does not fit into {folder} unpacked; let TMPDIR name a larger disk") from error
 
 
 def _rows_per_chunk(path: Path, table: "parquet.ParquetFile", text_field: str) -> int:

@@ -16,8 +16,12 @@ from data.preparation.encoding import (
     chunk_encoder,
 )
 from data.preparation.progress import Progress
+from data.preparation.read_ahead import read_ahead
 from data.preparation.split_writer import SplitWriter
 from data.preparation.workers import WorkerPool
+
+MAXIMUM_THREADS = 4
+CHUNKS_AHEAD = 4
 
 
 @dataclass(frozen=True)
@@ -71,9 +75,11 @@ def tokenize(job: TokenizingJob, writers: Mapping[str, SplitWriter]) -> None:
     start = _start(job, settings.finished)
     sizes = [path.stat().st_size for path in paths]
     pool: WorkerPool[NumberedChunk, EncodedChunk] = WorkerPool(functools.partial(chunk_encoder, settings), job.workers)
+    # Unpacking takes a thread; one of xz feeds about 16 workers.
+    threads = 0 if job.workers == 1 else min(1 + job.workers // 16, MAXIMUM_THREADS)
     consumed = dict.fromkeys(range(len(paths)), 0)
     with pool, Progress("tokenizing", "B", sum(sizes), sum(sizes[: start.file]), job.progress) as progress:
-        for encoded in pool.map(_chunks(paths, job.text_field, start)):
+        for encoded in pool.map(_chunks(paths, job.text_field, start, threads)):
             for split, documents in encoded.splits.items():
                 writers[split].take(encoded.file, documents)
             tokens = sum(len(documents.tokens) for documents in encoded.splits.values())
@@ -89,8 +95,11 @@ def _start(job: TokenizingJob, finished: Mapping[str, Position]) -> Position:
     return min(max(needed[split], position) for split, position in finished.items())
 
 
-def _chunks(paths: Sequence[Path], text_field: str, start: Position) -> Iterator[NumberedChunk]:
-    for file in range(start.file, len(paths)):
+def _chunks(paths: Sequence[Path], text_field: str, start: Position, threads: int) -> Iterator[NumberedChunk]:
+    def read(file: int) -> Iterator[NumberedChunk]:
         for chunk in read_chunks(paths[file], text_field):
             if file > start.file or chunk.next_line > start.line + 1:
                 yield NumberedChunk(file, chunk)
+
+    sources = (functools.partial(read, file) for file in range(start.file, len(paths)))
+    return read_ahead(sources, threads, CHUNKS_AHEAD)

@@ -213,3 +213,20 @@ def test_lines_survive_any_cut(
     assert [piece.text for piece in documents if isinstance(piece, Document)] == lines
     assert isinstance(last, Rejection)
     assert (last.line, last.reason) == (step * len(lines) + 1, "malformed JSON")
+
+
+def test_a_failing_disk_is_no_damaged_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Skipping damaged files must not skip what could not be read this once."""
+    path = tmp_path / "a.parquet.gz"
+    path.write_bytes(gzip.compress(b"a table"))
+    with open("/dev/full", "wb", buffering=0) as full:
+        monkeypatch.setattr("data.preparation.chunks.tempfile.TemporaryFile", lambda: full)
+        with pytest.raises(
+            DataError, match=r"a.parquet.gz does not fit into .* unpacked; let TMPDIR name a larger disk"
+        ):
+            pieces(path)
+    folder = tmp_path / "a.txt"
+    folder.mkdir()
+    monkeypatch.setattr("data.preparation.chunks.check_input_path", lambda path: path.suffix)
+    with pytest.raises(DataError, match=r"a.txt cannot be read \(Is a directory\); see to the disk and try again"):
+        pieces(folder)

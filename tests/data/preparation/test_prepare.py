@@ -62,6 +62,7 @@ def test_validation_by_fraction_depends_on_the_text_alone(options: PreparationOp
     assert set(chosen) == {t for t in everything if int(hashlib.sha256(t.encode()).hexdigest(), 16) < 0.2 * 2**256}
 
 
+@pytest.mark.slow
 def test_two_workers_make_what_one_makes(options: PreparationOptions, tmp_path: Path, tokenizer_json: Path) -> None:
     """Takes over a second: processes start. Batches are many, because the corpus repeats."""
     large = tmp_path / "large.jsonl"

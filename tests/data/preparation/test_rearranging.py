@@ -54,7 +54,8 @@ def prepare_texts(
     return summary, texts(folder / "shards", "train"), texts(folder / "shards", "validation")
 
 
-@settings(max_examples=25, deadline=None)
+@pytest.mark.slow
+@settings(max_examples=15, deadline=None)
 @given(train=DOCUMENTS, validation=DOCUMENTS, seed=st.integers(0, 2**63))
 def test_a_shuffle_is_a_permutation(
     sentencepiece_file: Path, train: list[str], validation: list[str], seed: int
@@ -69,7 +70,8 @@ def test_a_shuffle_is_a_permutation(
         verify_shards(folder / "shards")
 
 
-@settings(max_examples=25, deadline=None)
+@pytest.mark.slow
+@settings(max_examples=15, deadline=None)
 @given(train=DOCUMENTS, validation=DOCUMENTS, shuffle=st.booleans(), partition=st.integers(1, 50))
 def test_duplicates_leave_the_first_and_validation_wins(
     sentencepiece_file: Path, train: list[str], validation: list[str], shuffle: bool, partition: int
