@@ -52,7 +52,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--input", type=Path, required=True, metavar="FILE", help="text to take a sample of")
     add("--tokenizer", type=Path, required=True, metavar="FILE", help="tokenizer.json")
     add("--output", type=Path, default=REPOSITORY / "runs" / "preparation", metavar="DIR", help="folder for all")
-    add("--megabytes", type=float, default=24.0, metavar="N", help="size of the sample (default %(default)g)")
+    add("--megabytes", type=float, default=40.0, metavar="N", help="size of the sample (default %(default)g)")
     add(
         "--document-characters", type=int, default=6000, metavar="N", help="cut documents to this (default %(default)s)"
     )

@@ -152,14 +152,15 @@ def _encode(
             reason = TOO_SHORT if ids else EMPTY
             encoded.rejections.append(Rejection(str(path), document.line, reason, ""))
             continue
+        array = np.array(ids, dtype=np.uint32)
         # Before the type gets narrower, so that nothing wraps around.
-        if (largest := max(ids)) >= tokenizer.vocab_size:
+        if (largest := int(array.max())) >= tokenizer.vocab_size:
             raise DataError(
                 f"{path}, line {document.line}: tokenizer {tokenizer.path} gives token id {largest}, its vocabulary "
                 f"has {tokenizer.vocab_size}; fetch the tokenizer again"
             )
         kept.append(document)
-        arrays.append(np.array(ids, dtype=dtype))
+        arrays.append(array.astype(dtype))
     encoded.rejections.sort(key=lambda rejection: rejection.line)
     encoded.lines = [document.line for document in kept]
     encoded.sizes = [len(document.utf8) for document in kept]
