@@ -32,7 +32,9 @@ def test_train_then_prepare_from_another_folder(corpus_file: Path, tmp_path: Pat
     )
     assert trained.returncode == 0, trained.stderr
     assert "330 tokens" in trained.stdout
-    arguments = ("--input", corpus_file, "--output", "shards", "--tokenizer", "new/t.model")
+    pattern = corpus_file.parent / "*.jsonl"
+    arguments = ("--input", pattern, "--output", "shards", "--tokenizer", "new/t.model", "--text-field", "text")
+    arguments += ("--min-tokens", 2, "--on-malformed", "skip", "--remove-duplicates", "--shuffle-documents", 7)
     prepared = run("prepare_data.py", *arguments, "--validation-fraction", 0.1, "--workers", 2, cwd=tmp_path)
     assert prepared.returncode == 0, prepared.stderr
     assert prepared.stderr == ""
