@@ -16,7 +16,7 @@ from data.files import sha256_of_file
 from data.inspection.corpus import CorpusSplit, open_splits
 from data.manifest import ShardRecord
 from data.shard_writer import LENGTHS_MEMBER
-from data.shards import PREPARE_AGAIN, ShardReader, npy_header
+from data.shards import PREPARE_AGAIN, ShardReader, check_size, npy_header
 
 TOKENS_AT_A_TIME = 2**22
 
@@ -73,22 +73,14 @@ def _verify_tokenizer(root: Path, split: CorpusSplit) -> None:
 
 def _verify_shard(split: CorpusSplit, record: ShardRecord) -> None:
     path = split.directory / record.file
-    _compare_size(path, record.bytes)
-    _compare_size(split.directory / record.lengths_file, record.lengths_bytes)
+    check_size(path, record.bytes)
+    check_size(split.directory / record.lengths_file, record.lengths_bytes)
     _compare_checksum(path, record.sha256)
     _compare_checksum(split.directory / record.lengths_file, record.lengths_sha256)
     stored = np.concatenate([np.empty(0, dtype=np.int64), *_lengths_in_tar(path)])
     if not np.array_equal(stored, split.lengths(record)):
         raise DataError(f"{path} holds other documents than {record.lengths_file} says; {PREPARE_AGAIN}")
     _check_tokens(split, record)
-
-
-def _compare_size(path: Path, expected: int) -> None:
-    if not path.is_file():
-        raise DataError(f"{path} is named in the manifest but missing; {PREPARE_AGAIN}")
-    actual = path.stat().st_size
-    if actual != expected:
-        raise DataError(f"{path} has {actual} bytes, the manifest says {expected}; {PREPARE_AGAIN}")
 
 
 def _compare_checksum(path: Path, expected: str) -> None:

@@ -10,6 +10,7 @@ from urllib.request import url2pathname
 from data.config import CacheConfig, is_remote
 from data.errors import DataError, MissingFileError
 from data.manifest import ShardRecord
+from data.shards import check_size
 
 
 class FileIdentity(NamedTuple):
@@ -122,14 +123,7 @@ class LocalFiles(CorpusFiles):
     def check_sizes(self, files: Iterable[FileIdentity]) -> None:
         """Compares sizes without reading."""
         for file in files:
-            path = self._root / file.name
-            again = "prepare the data again with tools/prepare_data.py, or copy it again from its source"
-            try:
-                actual = path.stat().st_size
-            except OSError:
-                raise DataError(f"{path} is named in the manifest but missing; {again}") from None
-            if actual != file.bytes:
-                raise DataError(f"{path} has {actual} bytes, the manifest says {file.bytes}; {again}")
+            check_size(self._root / file.name, file.bytes)
 
 
 def open_corpus(location: str, cache: CacheConfig) -> CorpusFiles:

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from data.files import sha256_of_file
+from data.inspection.verification import verify_corpus
 from data.manifest import FORMAT_VERSION, Manifest, dtype_for, write_manifest
 from data.shard_writer import ShardWriter
 
@@ -58,3 +59,10 @@ def write_split(
     )
     write_manifest(root / split, manifest)
     return manifest
+
+
+def intact_shards(root: Path) -> int:
+    """Number of shards of a prepared directory, after every byte of it has been checked."""
+    found = verify_corpus(root)
+    assert found.problems == ()
+    return found.shards

@@ -12,7 +12,7 @@ import pytest
 
 from data.manifest import read_manifest
 from data.preparation.documents import read_documents
-from data.shards import verify_shards
+from tests.data.builders import intact_shards
 from tests.data.preparation.reading import files
 
 TOOLS = Path(__file__).resolve().parents[2] / "tools"
@@ -161,7 +161,7 @@ def test_a_killed_preparation_leaves_no_output_and_the_next_run_goes_on(preparat
     result = run("prepare_data.py", *preparation.arguments, cwd=preparation.folder)
     assert result.returncode == 0, result.stderr
     output = preparation.folder / "shards"
-    assert verify_shards(output) > len(kept)
+    assert intact_shards(output) > len(kept)
     # The journal knows all finished shards, except perhaps the one that was being entered.
     reused = [name for name, changed in kept.items() if (output / "train" / name).stat().st_mtime_ns == changed]
     assert len(reused) >= len(kept) - 1

@@ -108,7 +108,7 @@ MUTATIONS = (
     Mutation(
         "causal mask off by one block",
         "parallel/inputs.py",
-        "    if bool(valid.all()):\n"
+        "    if bool(valid.all()) and (units is None or bool((units == units[:, :1]).all())):\n"
         "        return None\n"
         "    size = valid.shape[1]\n"
         "    causal = torch.ones(size, size, dtype=torch.bool, device=valid.device).tril()\n",

@@ -85,6 +85,8 @@ def test_every_damage_is_found(corpus: Path) -> None:
     assert any("shard-00003.tar has" in problem and "bytes" in problem for problem in found.problems)
     assert sum("tokenizer.model has checksum" in problem for problem in found.problems) == 2, "once for each split"
     assert len(found.problems) == 6
+    with pytest.raises(DataError, match="neither train/ nor validation/"):
+        verify_corpus(train)
 
 
 def test_a_manifest_that_contradicts_its_shards_is_found(corpus: Path) -> None:

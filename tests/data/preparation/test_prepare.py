@@ -18,9 +18,9 @@ from data.preparation.chunks import Chunk
 from data.preparation.documents import read_documents
 from data.preparation.prepare import PreparationOptions, prepare
 from data.preparation.records import REJECTED_NAME
-from data.shards import verify_shards
 from data.streaming.stream import SequenceStream
 from data.tokenizer import Tokenizer, _SentencePieceTokenizer, load_tokenizer
+from tests.data.builders import intact_shards
 from tests.data.preparation.reading import files, texts
 
 
@@ -47,7 +47,7 @@ def test_shards_hold_every_document_in_order(options: PreparationOptions, corpus
     sizes = [statistics.text_bytes for statistics in summary.statistics.values()]
     assert sum(sizes) == sum(len(text.encode()) for text in everything)
     assert f"{len(train)} documents" in str(summary)
-    assert verify_shards(options.output) == sum(len(manifest.shards) for manifest in summary.manifests.values())
+    assert intact_shards(options.output) == sum(len(manifest.shards) for manifest in summary.manifests.values())
     assert not list(options.output.parent.glob(".*"))
 
 

@@ -19,7 +19,7 @@ from data.preparation.duplicates import HashFile, find_kept
 from data.preparation.intermediate import HASHES, random_keys
 from data.preparation.prepare import PreparationOptions, prepare
 from data.preparation.records import PreparationSummary
-from data.shards import verify_shards
+from tests.data.builders import intact_shards
 from tests.data.preparation.reading import files, texts
 
 WORDS = st.lists(st.sampled_from(["the", "river", "a stone", "42", "light", "é"]), min_size=1, max_size=12)
@@ -67,7 +67,7 @@ def test_a_shuffle_is_a_permutation(
         assert sorted(found) == sorted(train)
         assert sorted(found_validation) == sorted(validation)
         assert summary.statistics["train"].text_bytes == sum(len(text.encode()) for text in train)
-        verify_shards(folder / "shards")
+        intact_shards(folder / "shards")
 
 
 @pytest.mark.slow
