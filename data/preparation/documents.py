@@ -115,7 +115,7 @@ def _text_of_row(content: bytes | None) -> str:
 def _text_of_json(raw: bytes, text_field: str) -> str:
     try:
         record = json.loads(_decode(raw))
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # An integer of thousands of digits is a plain ValueError.
         message = f"malformed JSON ({error}); write one JSON object a line, or repair this line"
         raise _MalformedError("malformed JSON", message) from None
     if not isinstance(record, dict) or not isinstance(record.get(text_field), str):

@@ -91,6 +91,7 @@ def test_blank_lines_empty_documents_and_byte_order_marks_are_skipped(tmp_path: 
         ("a.jsonl", b'{"text": "a"}\n{"text": "\\u0000"}\n', r"line 2: NUL character"),
         ("a.jsonl", b'{"text": "\\ud800"}\n', r"line 1: unpaired surrogate U\+D800"),
         ("a.jsonl", b'{"text": "a"}\n\n{"text": \n', r"a.jsonl, line 3: malformed JSON .*; write one JSON object"),
+        ("a.jsonl", b'{"text": "a", "id": ' + b"7" * 5000 + b"}", r"a.jsonl, line 1: malformed JSON .*digits"),
         ("a.jsonl", b'{"content": "a"}\n', r"a.jsonl, line 1: no \"text\" field .*found the fields \['content'\]"),
         ("a.jsonl", b'{"text": 1}\n', r"a.jsonl, line 1: no \"text\" field with a string"),
         ("a.jsonl", b'["text"]\n', r"a.jsonl, line 1: no \"text\" field .*found a JSON list"),
