@@ -25,11 +25,14 @@ class CacheConfig(BaseModel):
 
     directory: Path | None = Field(
         default=None,
-        description="Folder of the copies, on a local disk; by default block-transformer/shards in the user's cache "
-        "($XDG_CACHE_HOME or ~/.cache).",
+        description="Folder on a local disk; copies go to block-transformer-cache in it, by default to "
+        "block-transformer in the user's cache ($XDG_CACHE_HOME or ~/.cache).",
     )
     gibibytes: float = Field(
-        default=64.0, gt=0, description="Largest size of the folder; what was read longest ago goes first."
+        default=64.0,
+        gt=0,
+        description="Largest size of all copied shards; what was read longest ago goes first. Manifests, tokenizers and "
+        "counts, a few megabytes for each corpus, are kept beside them and not counted.",
     )
     prefetch_shards: int = Field(default=8, ge=0, description="Shards fetched ahead of the one that is read.")
     attempts: int = Field(
@@ -113,7 +116,7 @@ class DataConfig(BaseModel):
     bad_shards: Literal["fail", "skip"] = Field(
         default="fail",
         description="What a training shard that cannot be read, or holds impossible tokens, does: end the run, or be "
-        "left out: its sequences count as padding, are reported, and move no other sequence.",
+        "left out for good, by all ranks alike: its sequences become padding and are counted; no other one moves.",
     )
     cache: CacheConfig = Field(default=CacheConfig(), description="Copies of shards that lie elsewhere.")
 

@@ -17,6 +17,7 @@ from checkpoints.fragments import write_fragments
 from checkpoints.records import FileRecord, Fragment
 from checkpoints.second_level import BackgroundCopies, SecondLevel
 from checkpoints.store import CheckpointStore, LoadedCheckpoint
+from data.streaming.source import BadShard
 from train.config import RunConfig
 from train.host_copies import HostCopies
 from train.rank_zero import on_rank_zero
@@ -39,6 +40,7 @@ class Progress:
         skipped_steps: steps without an update because something was not finite, or the loss a spike.
         skipped_in_a_row: those of them directly before this point.
         empty_sequences: of those consumed, how many bad shards would have held (data.bad_shards=skip).
+        bad_shards: shards that were found bad and are left out for good.
         left_out: positions in the stream whose global batches are not read again after a roll-back.
         validation_due: the validation after this step was interrupted.
         recent_losses: those against which a spike is measured.
@@ -51,6 +53,7 @@ class Progress:
     skipped_steps: int = 0
     skipped_in_a_row: int = 0
     empty_sequences: int = 0
+    bad_shards: tuple[BadShard, ...] = ()
     left_out: tuple[int, ...] = ()
     validation_due: bool = False
     recent_losses: tuple[float, ...] = ()
@@ -228,7 +231,8 @@ def progress_of(checkpoint: LoadedCheckpoint) -> Progress:
         )
     recorded = checkpoint.metadata["progress"]
     tuples = {name: tuple(recorded.get(name, ())) for name in ("left_out", "recent_losses")}
-    return Progress(**{**recorded, **tuples})
+    bad_shards = tuple(BadShard(*shard) for shard in recorded.get("bad_shards", ()))
+    return Progress(**{**recorded, **tuples, "bad_shards": bad_shards})
 
 
 def code_version() -> str:

@@ -1,4 +1,4 @@
-"""Sums that every rank agrees on, and what they say per target."""
+"""What every rank agrees on: sums and what they say per target, requests, shards that are left out."""
 
 import math
 from dataclasses import dataclass
@@ -7,6 +7,8 @@ import torch
 import torch.distributed
 from megatron.core import parallel_state
 
+from data.streaming.source import BadShard
+from parallel.cpu_adaptation import compute_device
 from parallel.schedule import LossSums
 from train.requests import Request
 
@@ -48,6 +50,18 @@ def agree(sums: LossSums, request: Request, empty_sequences: int = 0) -> Agreeme
     summed, asked = packed.split((len(packed) - len(Request), len(Request)))
     loss, count = summed[:-1].chunk(2)
     return Agreement(LossSums(loss, count), Request(int((asked > 0).sum()) - 1), int(summed[-1]))
+
+
+def gather_bad_shards(found: dict[BadShard, str]) -> dict[BadShard, str]:
+    """Tells all ranks which shards any of them found bad, and why; in the same order everywhere."""
+    anywhere = torch.tensor([float(bool(found))], device=compute_device())
+    torch.distributed.all_reduce(anywhere)
+    if not anywhere.item():
+        return {}
+    gathered: list[dict[BadShard, str]] = [{}] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(gathered, found)
+    union = {shard: reason for of_rank in reversed(gathered) for shard, reason in of_rank.items()}
+    return dict(sorted(union.items()))
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ import os
 import resource
 import sys
 import time
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
@@ -135,6 +136,11 @@ class Monitor:
             f"step {save.step}/{self._last_step}  saved {save.path} in {save.seconds:.1f} s, "
             f"training waited {save.blocked_seconds:.1f} s"
         )
+
+    def left_out(self, reasons: Iterable[str]) -> None:
+        """Tells of shards that are left out."""
+        for reason in reasons:
+            self.say(f"warning: shard left out for good: {reason}")
 
     def unusual(self, step: int, problem: str, is_skipped: bool, skipped_steps: int) -> None:
         """Tells of a non-finite value or a spike."""

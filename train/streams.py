@@ -65,10 +65,11 @@ def continued(stream: SequenceStream, recorded: Any, position: int) -> dict[str,
             "the checkpoint was written by another version of this code and does not say what data it was trained "
             "on; go on with that version, or start another run.name from it with run.initial_weights"
         ) from None
-    differences = stream.identity.differences(before, position)
-    if differences:
+    general, of_stages = stream.identity.general_differences(before), stream.identity.differences(before, position)
+    if general or of_stages:
+        stage = f"make the change a new stage (data.stages) from_tokens={position * stream.sequence_length} on"
         raise ConfigurationError(
-            f"the data differs from what the run was trained on so far: {'; '.join(differences)}; restore it, or make "
-            f"the change a new stage (data.stages) from_tokens={position * stream.sequence_length} on"
+            f"the data differs from what the run was trained on so far: {'; '.join([*general, *of_stages])}; restore "
+            f"it, or {'choose another run.name' if general else stage}"
         )
     return stream.identity.model_dump(mode="json")

@@ -13,6 +13,7 @@ from checkpoints.fragments import FragmentReader
 from checkpoints.store import LoadedCheckpoint
 from parallel.config import ParallelConfig
 from parallel.cpu_adaptation import compute_device
+from parallel.inputs import MicroBatch
 from parallel.stage import build_stage
 from parallel.topology import Coordinates
 from train.attempts import UNKNOWN_END, AttemptRecord, read_attempts
@@ -21,7 +22,7 @@ from train.checkpointing import Progress, RunCheckpoints, code_version, progress
 from train.config import RunConfig
 from train.hang_guard import HangGuard
 from train.initial_weights import initial_weights
-from train.metrics import MeanLoss, agree, mean_loss
+from train.metrics import MeanLoss, agree, gather_bad_shards, mean_loss
 from train.monitor import Monitor
 from train.rank_zero import on_rank_zero
 from train.requests import Request, Requests
@@ -169,6 +170,7 @@ class Trainer:
     def _checked_progress(self, checkpoint: LoadedCheckpoint) -> Progress:
         progress = progress_of(checkpoint)
         self.directory.check_against(checkpoint.metadata["config"])
+        self.stream.leave_out(progress.bad_shards)
         return replace(progress, stream=continued(self.stream, progress.stream, progress.consumed_sequences))
 
     def _announce(self, checkpoint: LoadedCheckpoint | None) -> None:
@@ -196,8 +198,8 @@ class Trainer:
         self.guard.progress()
         self.meter.start_step()
         position = self._next_position()
-        batches = read_micro_batches(self.stream, position, self._rows, compute_device())
-        empty = self.stream.take_skipped_sequences()
+        batches = self._read(position)
+        empty = self.stream.take_empty_sequences()
         self.meter.data_ready()
         if self.progress.step + 1 == self._first_step:
             self.clock.reached("first_batch")
@@ -214,6 +216,21 @@ class Trainer:
         self._report(loss, rate, update.gradient_norm, problem)
         self.after_step(self.progress.step)
         return request
+
+    def _read(self, position: int) -> list[MicroBatch]:
+        """This rank's micro-batches; a shard that any rank finds bad is left out by all, and all read again."""
+        while True:
+            self.stream.take_empty_sequences()
+            batches = read_micro_batches(self.stream, position, self._rows, compute_device())
+            if self.config.data.bad_shards != "skip":
+                return batches
+            found = gather_bad_shards(self.stream.take_found_bad_shards())
+            if not found:
+                return batches
+            self.stream.leave_out(found)
+            self.progress = replace(self.progress, bad_shards=(*self.progress.bad_shards, *found))
+            if self.monitor is not None:
+                self.monitor.left_out(found.values())
 
     def _next_position(self) -> int:
         """Where in the stream the next global batch starts, past those that are left out."""
@@ -246,11 +263,12 @@ class Trainer:
     def _roll_back(self, position: int, problem: str) -> None:
         """Goes back to the newest checkpoint, and leaves this step's batch out from then on."""
         step, left_out = self.progress.step + 1, {*self.progress.left_out, position}
+        bad_shards = self.progress.bad_shards
         self.watch.rolled_back(step, problem)
         self.checkpoints.wait()
         self.engine.engine.destroy()
         self._build(self.checkpoints.newest())
-        self.progress = replace(self.progress, left_out=tuple(sorted(left_out)))
+        self.progress = replace(self.progress, left_out=tuple(sorted(left_out)), bad_shards=bad_shards)
         if self.monitor is not None:
             self.monitor.rolled_back(step, self.progress.step, problem)
 

@@ -40,7 +40,7 @@ class StreamIdentity(BaseModel):
     stages: tuple[StageIdentity, ...] = Field(..., description="When they are read in which shares.")
 
     def differences(self, recorded: "StreamIdentity", position: int) -> list[str]:
-        """Compares with the stream that a run has read so far.
+        """Compares the sources and stages with those that a run has read so far.
 
         Stages that begin at or behind the position are free to differ, and names of sources do not matter.
 
@@ -49,15 +49,27 @@ class StreamIdentity(BaseModel):
             position: How far it has read.
 
         Returns:
-            Sentences that each name one difference; empty if this stream continues that one.
+            Sentences that each name one difference; a new stage could bring each about.
         """
-        return [*self._general_differences(recorded), *self._stage_differences(recorded, position)]
+        return list(self._stage_differences(recorded, position))
 
-    def _general_differences(self, recorded: "StreamIdentity") -> Iterator[str]:
+    def general_differences(self, recorded: "StreamIdentity") -> list[str]:
+        """Compares what holds for all stages.
+
+        Args:
+            recorded: What a run recorded.
+
+        Returns:
+            Sentences that each name one difference; no stage could bring these about.
+        """
+        sentences = []
         for name in type(self).model_fields:
             there, here = getattr(recorded, name), getattr(self, name)
-            if name not in ("sources", "stages") and there != here:
-                yield f"{name.replace('_', ' ')} was {there} and is {here}"
+            # Where nothing was drawn so far, a seed that a later stage draws from changes nothing.
+            unused = name == "seed" and None in (there, here)
+            if name not in ("sources", "stages") and there != here and not unused:
+                sentences.append(f"{name.replace('_', ' ')} was {there} and is {here}")
+        return sentences
 
     def _stage_differences(self, recorded: "StreamIdentity", position: int) -> Iterator[str]:
         there, here = recorded.until(position), self.until(position)
@@ -77,6 +89,9 @@ class StreamIdentity(BaseModel):
             return
         if [share for _, share in there] != [share for _, share in here]:
             yield f"the shares from sequence {now.begin:,} on were {before.shares} and are {now.shares}"
+            return
+        if sorted(there, key=str) == sorted(here, key=str):
+            yield f"the sources from sequence {now.begin:,} on have other names, which come in another order"
             return
         for name, (old, _), (new, _) in zip(now.shares, there, here, strict=True):
             yield from _source_differences(name, old, new)

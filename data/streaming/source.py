@@ -1,6 +1,5 @@
 """One corpus as an endless stream of packed sequences."""
 
-import sys
 from collections.abc import Callable
 from functools import lru_cache
 from typing import Literal, NamedTuple
@@ -28,6 +27,18 @@ class OpenShard(NamedTuple):
 
     reader: ShardReader
     packing: ShardPacking
+
+
+class BadShard(NamedTuple):
+    """A shard that is left out.
+
+    Attributes:
+        corpus: Fingerprint of the shards it is one of (SourceIdentity.shards).
+        shard: Its number.
+    """
+
+    corpus: str
+    shard: int
 
 
 class SequenceRow(NamedTuple):
@@ -66,14 +77,15 @@ class Source:
             DataError: It is missing, damaged, or of another tokenizer.
         """
         self.name = name
-        self._skipped_sequences = 0
+        self._empty_sequences = 0
         self.files = open_corpus(source.path, config.cache)
         self.manifest = manifest_of(self.files, split)
         self.tokenizer_path = tokenizer_of(config, self.files, self.manifest)
         self._split = split
         self._sequence_length = sequence_length
         self._skips_bad_shards = config.bad_shards == "skip" and split == "train"
-        self._bad_shards: set[int] = set()
+        self._left_out: set[int] = set()
+        self._found_bad: dict[int, str] = {}
         left = config.pads_left(source)
         # Without draws the seed has no effect.
         self._settings = PackingSettings(
@@ -134,7 +146,7 @@ class Source:
         return self.open_shard(place.shard).packing.documents(start, start + self._sequence_length)
 
     def read_into(self, position: int, row: SequenceRow) -> None:
-        """Reads one sequence; the row comes filled with pads.
+        """Reads one sequence; the row comes filled with pads, and stays so if the shard is bad and to be skipped.
 
         Args:
             position: Position in this source.
@@ -144,21 +156,29 @@ class Source:
             DataError: The shard cannot be read, and bad shards are not to be skipped.
         """
         place = self.place(position)
-        if place.shard not in self._bad_shards:
-            try:
-                self._read(place, row)
-                return
-            except DataError as error:
-                if not self._skips_bad_shards:
-                    raise
-                self._bad_shards.add(place.shard)
-                print(f"warning: shard left out: {error}", file=sys.stderr, flush=True)
-        row.mask[:] = False
-        self._skipped_sequences += 1
+        if place.shard in self._left_out:
+            self._empty_sequences += 1
+        if place.shard in self._left_out or place.shard in self._found_bad:
+            return
+        try:
+            self._read(place, row)
+        except DataError as error:
+            if not self._skips_bad_shards:
+                raise
+            self._found_bad[place.shard] = str(error)
 
-    def take_skipped_sequences(self) -> int:
-        """How many of the sequences read since the last call came out empty because their shard is bad."""
-        taken, self._skipped_sequences = self._skipped_sequences, 0
+    def take_found_bad(self) -> dict[BadShard, str]:
+        """Shards that turned out bad since the last call, and why; they are tried again until they are left out."""
+        found, self._found_bad = self._found_bad, {}
+        return {BadShard(self.identity.shards, shard): reason for shard, reason in found.items()}
+
+    def leave_out(self, shard: int) -> None:
+        """From now on gives the sequences of a shard as padding."""
+        self._left_out.add(shard)
+
+    def take_empty_sequences(self) -> int:
+        """How many of the sequences read since the last call came out empty because their shard is left out."""
+        taken, self._empty_sequences = self._empty_sequences, 0
         return taken
 
     def _read(self, place: SequencePlace, row: SequenceRow) -> None:

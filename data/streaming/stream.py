@@ -1,6 +1,6 @@
 """The endless, deterministic stream of packed sequences that training and evaluation read."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -14,7 +14,7 @@ from data.streaming.counts import PACKING_VERSION
 from data.streaming.identity import StageIdentity, StreamIdentity
 from data.streaming.mixture import MIXTURE_VERSION, Mixture, MixtureStage, shares_of
 from data.streaming.order import ORDER_VERSION
-from data.streaming.source import SequenceRow, Source, Split
+from data.streaming.source import BadShard, SequenceRow, Source, Split
 
 
 @dataclass(frozen=True)
@@ -98,17 +98,18 @@ class SequenceStream:
             Source(name, source, config, split, block_length, sequence_length) for name, source in chosen.items()
         ]
         _check_same_tokenizer(self.sources)
+        _check_different(config, self.sources)
         first = self.sources[0]
         self.tokenizer_path: Path = first.tokenizer_path
         self.vocab_size = first.manifest.vocab_size
         self.eos_id = first.manifest.eos_id
-        stages = _stages(config, split, chosen, sequence_length)
+        counts = [source.order.sequences_per_epoch for source in self.sources]
+        validates = split == "validation"
+        stages = _even_stages(counts) if validates else _stages(config, list(chosen), sequence_length)
         self._mixture = Mixture(stages)
         self.identity = self._identity(config, block_length, stages)
         self._check_not_empty(stages)
-        self.sequences_per_epoch = self._mixture.first_repetition(
-            [source.order.sequences_per_epoch for source in self.sources]
-        )
+        self.sequences_per_epoch = sum(counts) if validates else self._mixture.first_repetition(counts)
         self._check_size(max(minimum_sequences, 1))
 
     def _identity(self, config: DataConfig, block_length: int, stages: list[MixtureStage]) -> StreamIdentity:
@@ -162,9 +163,24 @@ class SequenceStream:
         for source in self.sources:
             source.check_files()
 
-    def take_skipped_sequences(self) -> int:
-        """How many of the sequences read since the last call came out empty because their shard is bad."""
-        return sum(source.take_skipped_sequences() for source in self.sources)
+    def take_found_bad_shards(self) -> dict[BadShard, str]:
+        """Shards that turned out bad since the last call, and why (with data.bad_shards=skip).
+
+        What was read of them is not to be used: processes must agree on them, leave them out and read again, so that
+        all see the same sequences.
+        """
+        return {shard: reason for source in self.sources for shard, reason in source.take_found_bad().items()}
+
+    def leave_out(self, bad_shards: Iterable[BadShard]) -> None:
+        """From now on gives the sequences of these shards as padding; no other sequence moves."""
+        for corpus, shard in bad_shards:
+            for source in self.sources:
+                if source.identity.shards == corpus:
+                    source.leave_out(shard)
+
+    def take_empty_sequences(self) -> int:
+        """How many of the sequences read since the last call came out empty because their shard is left out."""
+        return sum(source.take_empty_sequences() for source in self.sources)
 
     def read(self, position: int, count: int) -> PackedSequences:
         """Reads sequences [position, position + count).
@@ -226,7 +242,10 @@ class SequenceStream:
 
     def describe(self) -> str:
         """Sums up the split, one line for each source."""
-        return "\n".join(self._describe(source) for source in self.sources)
+        lines = [self._describe(source) for source in self.sources]
+        if len(self.sources) > 1 and self._split == "train":
+            lines += [_describe_stage(stage) for stage in self.identity.stages]
+        return "\n".join(lines)
 
     def _describe(self, source: Source) -> str:
         manifest, slots = source.manifest, int(source.packed_lengths.sum())
@@ -241,13 +260,20 @@ class SequenceStream:
         )
 
 
+def _describe_stage(stage: StageIdentity) -> str:
+    total = sum(stage.shares.values())
+    shares = ", ".join(f"{name} {share:,} of {total:,}" for name, share in stage.shares.items())
+    return f"from sequence {stage.begin:,} on: {shares}"
+
+
 def _check_range(position: int, count: int) -> None:
     if position < 0 or count < 0:
         raise ValueError(f"position {position} and count {count} must not be negative")
 
 
 def _sources_of(config: DataConfig, split: Split) -> dict[str, SourceConfig]:
-    chosen = {name: source for name, source in config.corpora.items() if split == "train" or source.validation}
+    # By name: the order in a file is of no meaning.
+    chosen = {name: one for name, one in sorted(config.corpora.items()) if split == "train" or one.validation}
     if not chosen:
         raise DataError("no source has data.sources.NAME.validation=true; set it for one, or validation.every=0")
     return chosen
@@ -272,14 +298,41 @@ def _check_same_tokenizer(sources: list[Source]) -> None:
             )
 
 
-def _stages(
-    config: DataConfig, split: Split, sources: Mapping[str, SourceConfig], sequence_length: int
-) -> list[MixtureStage]:
-    """The stages of training; validation reads all sources alike, so that it stays the same."""
-    if split == "validation":
-        return [MixtureStage(0, shares_of([1.0] * len(sources)))]
-    stages = [MixtureStage(0, shares_of([source.weight for source in sources.values()]))]
+def _stages(config: DataConfig, names: list[str], sequence_length: int) -> list[MixtureStage]:
+    """The stages of training."""
+    stages = [MixtureStage(0, shares_of([config.corpora[name].weight for name in names]))]
     for stage in config.stages:
         begin = -(-stage.from_tokens // sequence_length)
-        stages.append(MixtureStage(begin, shares_of([stage.weights.get(name, 0.0) for name in sources])))
+        if begin == stages[-1].begin:
+            raise DataError(
+                f"data.stages: the one from_tokens={stage.from_tokens} begins with the same sequence of "
+                f"{sequence_length} tokens as the one before it; give it a later begin"
+            )
+        stages.append(MixtureStage(begin, shares_of([stage.weights.get(name, 0.0) for name in names])))
+    return stages
+
+
+def _check_different(config: DataConfig, sources: list[Source]) -> None:
+    """In one stage the same shards would give the same sequences twice; in a later stage they begin anew."""
+    groups = [{name: one.weight for name, one in config.corpora.items()}, *(stage.weights for stage in config.stages)]
+    for weights in groups:
+        used: dict[str, str] = {}
+        for source in sources:
+            if not weights.get(source.name):
+                continue
+            other = used.setdefault(source.manifest.fingerprint, source.name)
+            if other != source.name:
+                raise DataError(
+                    f"the sources {other} and {source.name} are the same shards; give one of them the weight of both"
+                )
+
+
+def _even_stages(counts: Sequence[int]) -> list[MixtureStage]:
+    """All sources in turn, each until its sequences are used up: validation, which no weight changes."""
+    stages, begin, before = [], 0, 0
+    for count in sorted({count for count in counts if count} or {0}):
+        shares = tuple(int(other >= count) for other in counts)
+        stages.append(MixtureStage(begin, shares))
+        begin += sum(shares) * (count - before)
+        before = count
     return stages

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -67,6 +68,75 @@ def test_a_stage_goes_on_where_its_sources_stopped(corpora: Path) -> None:
     assert [sample[1:] for sample in staged.sample_ids(100, 30)] == [sample[1:] for sample in books.sample_ids(25, 30)]
 
 
+def test_validation_reads_each_source_until_it_ends(corpora: Path) -> None:
+    write_split(corpora / "books", numbered_documents([16, 11]), split="validation")
+    counts = {
+        name: SequenceStream(
+            DataConfig(path=corpora / name), "validation", block_length=4, sequence_length=16
+        ).sequences_per_epoch
+        for name in ("web", "books")
+    }
+    sources = {name: {"path": corpora / name, "weight": weight} for name, weight in (("web", 0.9), ("books", 0.1))}
+    stream = open_mixture(corpora, "validation", sources=sources)
+    ids = stream.sample_ids(0, stream.sequences_per_epoch)
+    assert len(set(ids)) == len(ids) == sum(counts.values())
+    # In turn, as long as both have some; the weights do not matter.
+    assert sum(sample.source == "books" for sample in ids[: 2 * counts["books"]]) == counts["books"]
+    assert {sample.source for sample in ids[2 * counts["books"] :]} == {"web"}
+    assert stream.sample_ids(len(ids), 1)[0].epoch == 1
+
+
+def test_a_stage_begins_with_the_first_whole_sequence_after_its_tokens(corpora: Path) -> None:
+    stages = [{"from_tokens": 10 * 16 + 1, "weights": {"books": 1.0}}]
+    staged = open_mixture(corpora, stages=stages)
+    assert staged.sample_ids(0, 11) == open_mixture(corpora).sample_ids(0, 11)
+    assert {sample.source for sample in staged.sample_ids(11, 20)} == {"books"}
+    assert "from sequence 11 on: books 1 of 1" in staged.describe()
+    assert "from sequence 0 on: books 1 of 4, web 3 of 4" in staged.describe()
+    with pytest.raises(DataError, match="from_tokens=164 begins with the same sequence"):
+        open_mixture(corpora, stages=[*stages, {"from_tokens": 164, "weights": {"web": 1.0}}])
+
+
+def test_the_order_in_the_file_does_not_matter(corpora: Path) -> None:
+    sources = {
+        "books": {"path": corpora / "books", "weight": 0.25, "validation": False},
+        "web": {"path": corpora / "web", "weight": 0.75},
+    }
+    one, two = open_mixture(corpora), open_mixture(corpora, sources=sources)
+    assert one.sample_ids(0, 50) == two.sample_ids(0, 50)
+    assert two.identity.differences(one.identity, 50) == []
+    renamed = {"a" if name == "web" else name: source for name, source in sources.items()}
+    words = "the sources from sequence 0 on have other names, which come in another order"
+    swapped = open_mixture(corpora, sources={name: {**one, "weight": 1} for name, one in renamed.items()})
+    before = open_mixture(corpora, sources={name: {**one, "weight": 1} for name, one in sources.items()})
+    assert swapped.identity.differences(before.identity, 50) == [words]
+
+
+def test_the_same_shards_are_not_mixed_with_themselves(corpora: Path) -> None:
+    twice = {"one": {"path": corpora / "web"}, "two": {"path": f"{corpora}/web/"}}
+    with pytest.raises(DataError, match="the sources one and two are the same shards; give one of them the weight"):
+        open_mixture(corpora, sources=twice)
+    twice["two"]["weight"] = 0
+    padded = {**twice["two"], "pad_to_block_boundary": False}
+    later = [{"from_tokens": 160, "weights": {"two": 1.0}}]
+    assert open_mixture(corpora, sources={**twice, "two": padded}, stages=later).sample_ids(10, 1)[0].source == "two"
+
+
+def test_what_only_a_later_stage_draws_changes_no_past(corpora: Path) -> None:
+    plain = {"shuffle": False, "random_left_padding": False}
+    before = open_mixture(corpora, **plain)
+    write_split(corpora / "new", numbered_documents(LENGTHS[5:]))
+    sources = {
+        "web": {"path": corpora / "web", "weight": 0.75},
+        "books": {"path": corpora / "books", "weight": 0.25, "validation": False},
+        "new": {"path": corpora / "new", "weight": 0, "random_left_padding": True, "validation": False},
+    }
+    later = open_mixture(corpora, sources=sources, stages=[{"from_tokens": 160, "weights": {"new": 1.0}}], **plain)
+    assert (before.identity.seed, later.identity.seed) == (None, 0)
+    assert later.identity.general_differences(before.identity) == []
+    assert later.identity.differences(before.identity, 10) == []
+
+
 def test_validation_takes_the_sources_that_have_one(corpora: Path) -> None:
     stream = open_mixture(corpora, "validation")
     assert {sample.source for sample in stream.sample_ids(0, stream.sequences_per_epoch)} == {"web"}
@@ -101,7 +171,8 @@ def test_every_difference_is_named(corpora: Path) -> None:
         ({"isolate_documents": True}, "isolate documents was False and is True"),
         ({"random_left_padding": False}, "random_left_padding of source web was True and is False"),
     ):
-        assert any(words in sentence for sentence in open_mixture(corpora, **settings).identity.differences(before, 1))
+        now = open_mixture(corpora, **settings).identity
+        assert any(words in sentence for sentence in [*now.general_differences(before), *now.differences(before, 1)])
     write_split(corpora / "other", numbered_documents(LENGTHS[1:]))
     swapped = {"web": {"path": corpora / "other", "weight": 0.75}, "books": {"path": corpora / "books", "weight": 0.25}}
     (sentence,) = open_mixture(corpora, sources=swapped).identity.differences(before, 1)
@@ -111,7 +182,7 @@ def test_every_difference_is_named(corpora: Path) -> None:
 
 def test_isolation_needs_whole_blocks_of_one_document(corpora: Path) -> None:
     with pytest.raises(
-        DataError, match=r"isolate_documents=true needs pad_to_block_boundary=true.* false for web, books"
+        DataError, match=r"isolate_documents=true needs pad_to_block_boundary=true.* false for books, web"
     ):
         open_mixture(corpora, isolate_documents=True, pad_to_block_boundary=False)
     assert open_mixture(corpora, isolate_documents=True).read(0, 1).documents is not None
@@ -124,7 +195,7 @@ def test_sources_of_different_tokenizers_are_refused(corpora: Path) -> None:
     manifest = read_manifest(corpora / "books" / "train")
     fingerprint = hashlib.sha256(b"another").hexdigest()
     write_manifest(corpora / "books" / "train", manifest.model_copy(update={"tokenizer_fingerprint": fingerprint}))
-    with pytest.raises(DataError, match=r"source books .* was made with another tokenizer than source web"):
+    with pytest.raises(DataError, match=r"source web .* was made with another tokenizer than source books"):
         open_mixture(corpora)
 
 
@@ -162,9 +233,7 @@ def damage(corpora: Path, change: dict[str, object]) -> None:
         ("missing", "shard-00000.tar is named in the manifest but missing"),
     ],
 )
-def test_a_bad_shard_ends_the_run_or_is_left_out(
-    corpora: Path, damaged: str, words: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_bad_shard_ends_the_run_or_is_left_out(corpora: Path, damaged: str, words: str) -> None:
     good = open_mixture(corpora)
     expected, ids = good.read(0, 200), good.sample_ids(0, 200)
     folder = corpora / "web" / "train"
@@ -181,12 +250,18 @@ def test_a_bad_shard_ends_the_run_or_is_left_out(
     with pytest.raises(DataError, match=words):
         open_mixture(corpora).read(0, 200)
     skipping = open_mixture(corpora, bad_shards="skip")
+    skipping.read(0, 200)
+    found = skipping.take_found_bad_shards()
+    assert skipping.take_found_bad_shards() == {}
+    assert all(re.search(words, reason) for reason in found.values())
+    assert skipping.take_empty_sequences() == 0, "nothing is left out before all processes know"
+    skipping.leave_out(found)
     read = skipping.read(0, 200)
     assert skipping.sample_ids(0, 200) == ids
-    assert "warning: shard left out: " in capsys.readouterr().err
+    assert skipping.take_found_bad_shards() == {}
     empty = ~read.mask.any(axis=1)
-    assert skipping.take_skipped_sequences() == empty.sum() > 0
-    assert skipping.take_skipped_sequences() == 0
+    assert skipping.take_empty_sequences() == empty.sum() > 0
+    assert skipping.take_empty_sequences() == 0
     np.testing.assert_array_equal(read.mask[~empty], expected.mask[~empty])
     np.testing.assert_array_equal(read.token_ids[~empty], expected.token_ids[~empty])
     assert all(ids[row].source == "web" for row in np.flatnonzero(empty))
