@@ -31,8 +31,8 @@ class CacheConfig(BaseModel):
     gibibytes: float = Field(
         default=64.0,
         gt=0,
-        description="Largest size of all copied shards; what was read longest ago goes first. Manifests, tokenizers and "
-        "counts, a few megabytes for each corpus, are kept beside them and not counted.",
+        description="Largest size of the copied shards; what was read longest ago goes first. Manifests, tokenizers "
+        "and counts, a few megabytes for each corpus, are kept beside them and do not count.",
     )
     prefetch_shards: int = Field(default=8, ge=0, description="Shards fetched ahead of the one that is read.")
     attempts: int = Field(

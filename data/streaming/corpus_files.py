@@ -4,11 +4,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
-from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
 from data.config import CacheConfig, is_remote
 from data.errors import DataError, MissingFileError
+from data.locations import split_url
 from data.manifest import ShardRecord
 from data.shards import check_size
 
@@ -137,10 +137,10 @@ def open_corpus(location: str, cache: CacheConfig) -> CorpusFiles:
         Its files.
 
     Raises:
-        DataError: The directory does not exist, or nothing is known to fetch such a URL with.
+        DataError: The directory does not exist, nothing is known to fetch such a URL with, or it is malformed.
     """
     if location.startswith("file://"):
-        return LocalFiles(Path(url2pathname(urlsplit(location).path)))
+        return LocalFiles(Path(url2pathname(split_url(location).path)))
     if not is_remote(location):
         return LocalFiles(Path(location))
     # Imported here because it is a kind of corpus files itself.

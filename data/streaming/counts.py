@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
 from data.files import write_atomically
+from data.locations import user_cache_folder
 from data.manifest import Manifest, ShardRecord
 from data.shards import parse_document_lengths
 from data.streaming.corpus_files import CorpusFiles, lengths_of
@@ -153,8 +154,8 @@ def _unknown(manifest: Manifest) -> NDArray[np.int64]:
 
 def _writable_folder(files: CorpusFiles) -> Path | None:
     """Where the table is kept: beside the corpus if that can be written, else in the user's cache."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    for folder in (files.table_folder, cache / "block-transformer" / "counts"):
+    cache = user_cache_folder()
+    for folder in (files.table_folder, cache and cache / "counts"):
         if folder is None:
             continue
         with contextlib.suppress(OSError):

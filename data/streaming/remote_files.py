@@ -10,9 +10,12 @@ from pathlib import Path
 from data.config import CacheConfig
 from data.errors import DataError, MissingFileError
 from data.files import write_atomically
+from data.locations import user_cache_folder
 from data.streaming.corpus_files import CorpusFiles, FileIdentity
 from data.streaming.shard_cache import ShardCache
 from data.streaming.transfer import Fetcher
+
+FOLDER_NAME = "block-transformer-cache"
 
 
 class RemoteFiles(CorpusFiles):
@@ -37,10 +40,10 @@ class RemoteFiles(CorpusFiles):
         )
         self.location = self._fetcher.shown
         self._attempts = config.attempts
-        directory = config.directory or default_directory()
-        self._cache = ShardCache(directory, config.gibibytes)
-        self._folder = directory / "metadata" / hashlib.sha256(location.encode()).hexdigest()[:32]
-        self.table_folder = directory / "counts"
+        folder = _cache_folder(config)
+        self._cache = ShardCache(folder / "shards", config.gibibytes)
+        self._metadata_folder = folder / "metadata"
+        self.table_folder = folder / "counts"
         self._metadata: dict[str, Path | None] = {}
         self._metadata_lock = threading.Lock()
         self._prefetcher = _Prefetcher(self)
@@ -66,7 +69,8 @@ class RemoteFiles(CorpusFiles):
 
     def _fetch_metadata(self, name: str, attempts: int) -> Path:
         content = self._fetcher.fetch(name, b"".join, expected=False, attempts=attempts)
-        path = self._folder / name
+        # By content, so that neither other locations nor later versions of a file change what was given out.
+        path = self._metadata_folder / hashlib.sha256(content).hexdigest()[:32] / name
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(path, content)
@@ -148,7 +152,11 @@ class _Prefetcher:
                     return
 
 
-def default_directory() -> Path:
-    """Where copies are kept if nothing else is configured."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return cache / "block-transformer" / "shards"
+def _cache_folder(config: CacheConfig) -> Path:
+    """A folder for the cache alone: the configured directory may hold other things too."""
+    if config.directory is not None:
+        return config.directory / FOLDER_NAME
+    folder = user_cache_folder()
+    if folder is None:
+        raise DataError("no home directory is known here, so data.cache.directory must be set to a folder for copies")
+    return folder

@@ -4,6 +4,7 @@ import errno
 import fcntl
 import hashlib
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Collection, Iterator
@@ -18,6 +19,8 @@ from data.streaming.transfer import TransferError
 
 PARTIAL_SUFFIX = ".part"
 LOCK_NAME = "lock"
+# Whatever is called otherwise is not the cache's, and is neither counted nor removed.
+OWN_NAME = re.compile(rf"[0-9a-f]{{64}}({re.escape(PARTIAL_SUFFIX)})?")
 GIBIBYTE = 2**30
 # From the moment when a path is given out, its reader has this long to open the file.
 GRACE_SECONDS = 10.0
@@ -45,8 +48,8 @@ class ShardCache:
         """Opens the folder, and makes it if it is not there.
 
         Args:
-            directory: The folder.
-            gibibytes: Largest size of all files together.
+            directory: The folder, for this alone.
+            gibibytes: Largest size of all its files together.
             grace_seconds: How long after its last use a file is not removed.
 
         Raises:
@@ -178,7 +181,7 @@ class ShardCache:
 
     def _entries(self) -> Iterator[_Entry]:
         for path in self._directory.iterdir():
-            if path.name == LOCK_NAME or path.is_dir() or _is_abandoned(path):
+            if not OWN_NAME.fullmatch(path.name) or not path.is_file() or _is_abandoned(path):
                 continue
             with suppress(FileNotFoundError):
                 status = path.stat()

@@ -14,9 +14,10 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
-from urllib.parse import urlsplit, urlunsplit
+from urllib.parse import urlunsplit
 
 from data.errors import DataError, MissingFileError
+from data.locations import split_url
 
 Result = TypeVar("Result")
 CHUNK_BYTES = 2**20
@@ -72,7 +73,7 @@ class Fetcher:
             first_wait_seconds: Pause after the first failed attempt; doubles with each.
 
         Raises:
-            DataError: Nothing can fetch from there, or the program that could is not installed.
+            DataError: The URL is malformed, nothing can fetch from there, or the program that could is not installed.
         """
         self._location = location
         self._attempts = attempts
@@ -181,7 +182,7 @@ class Fetcher:
             return f"pipe:exec setsid aws s3 cp --only-show-errors {url} -"
         if self._scheme == "gs":
             return f"{self._location.rstrip('/')}/{name}"
-        parts = urlsplit(self._location)  # A signature stands behind the path.
+        parts = split_url(self._location)  # A signature stands behind the path.
         return urlunsplit(parts._replace(path=f"{parts.path.rstrip('/')}/{name}"))
 
     def _chunks(self, name: str, pipe: Any) -> Iterator[bytes]:
@@ -256,5 +257,5 @@ def _status_in_words(status: int) -> str:
 def _without_secrets(location: str) -> str:
     if location.startswith("pipe:") or "://" not in location:
         return location
-    parts = urlsplit(location)
+    parts = split_url(location)
     return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2], query="", fragment=""))

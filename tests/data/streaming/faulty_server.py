@@ -19,6 +19,7 @@ class FaultyServer(ThreadingHTTPServer):
         url: Where.
         faults: What goes wrong with the next requests of a path, first things first; each happens once.
         requests: How often each path was asked for.
+        queries: What stood behind `?` in the requests.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -27,6 +28,7 @@ class FaultyServer(ThreadingHTTPServer):
         self.url = f"http://127.0.0.1:{self.server_address[1]}"
         self.faults: dict[str, list[Fault]] = {}
         self.requests: Counter[str] = Counter()
+        self.queries: set[str] = set()
         self.lock = threading.Lock()
         self.released = threading.Event()
 
@@ -41,7 +43,8 @@ class _Handler(BaseHTTPRequestHandler):
     server: FaultyServer
 
     def do_GET(self) -> None:
-        path = self.path.partition("?")[0].lstrip("/")
+        path, _, query = self.path.lstrip("/").partition("?")
+        self.server.queries.add(query)
         fault = self.server.fault_of(path)
         file = self.server.folder / path
         if fault in STATUSES or not file.is_file():

@@ -3,6 +3,7 @@
 import fcntl
 import json
 import os
+import pwd
 import signal
 import subprocess
 import sys
@@ -15,7 +16,8 @@ from benchmarks.data_loading import BATCH, DOCUMENTS, SHARDS, TOKENS, open_strea
 from benchmarks.synthetic_corpus import write_synthetic_corpus
 from data.errors import DataError
 from data.manifest import Manifest
-from data.streaming.counts import SHARDS_WORTH_REPORTING
+from data.streaming.counts import PACKING_VERSION, SHARDS_WORTH_REPORTING, packing_key
+from data.streaming.packing import PackingSettings
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 OPEN = "import sys; from benchmarks.data_loading import open_stream; open_stream(sys.argv[1])"
@@ -66,6 +68,42 @@ def test_an_interrupted_table_is_gone_on_with(tmp_path: Path, capsys: pytest.Cap
     table.unlink()
     assert open_stream(tmp_path / "corpus").sample_ids(0, 99) == stream.sample_ids(0, 99)
     assert "counting the sequences of 100 shards" in capsys.readouterr().err
+
+
+def test_a_table_belongs_to_one_packing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever changes packing makes another key, so that no table of an earlier packing is used."""
+    manifest = write_synthetic_corpus(tmp_path / "corpus", shards=2, documents=20, tokens=3_000)
+    fewer = manifest.model_copy(update={"shards": manifest.shards[:1]})
+    settings = [
+        PackingSettings(4, True, True, 0),
+        PackingSettings(2, True, True, 0),
+        PackingSettings(4, False, True, 0),
+    ]
+    settings += [PackingSettings(4, True, False, 0), PackingSettings(4, True, True, 1)]
+    keys = [packing_key(manifest, each) for each in settings] + [packing_key(fewer, settings[0])]
+    assert packing_key(manifest, settings[0]) == keys[0]
+    monkeypatch.setattr("data.streaming.counts.PACKING_VERSION", PACKING_VERSION + 1)
+    keys.append(packing_key(manifest, settings[0]))
+    assert len(set(keys)) == len(keys)
+
+
+def test_without_a_home_directory_the_table_is_made_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unknown(user: int) -> None:
+        raise KeyError(user)
+
+    monkeypatch.setattr(pwd, "getpwuid", unknown)
+    for name in ("HOME", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    write_synthetic_corpus(tmp_path / "corpus", shards=2, documents=200, tokens=90_000)
+    samples = open_stream(tmp_path / "corpus").sample_ids(0, 9)
+    (table,) = (tmp_path / "corpus" / "counts").glob("*.json")
+    for path in table.parent.iterdir():
+        path.unlink()
+    table.parent.rmdir()
+    table.parent.touch()  # Unwritable for everybody, also for root.
+    assert open_stream(tmp_path / "corpus").sample_ids(0, 9) == samples
 
 
 def test_one_process_makes_the_table_and_the_others_wait(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 import functools
 import os
+import pwd
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -127,7 +128,7 @@ def test_a_metadata_folder_that_cannot_be_written(
     server: FaultyServer, manifest: Manifest, open_remote: Callable[..., RemoteFiles], tmp_path: Path
 ) -> None:
     files = open_remote()
-    (tmp_path / "cache" / "metadata").touch()
+    (tmp_path / "cache" / "block-transformer-cache" / "metadata").touch()
     with pytest.raises(
         DataError, match=r"tokenizer.model cannot be written: Not a directory; .*set data.cache.directory"
     ):
@@ -145,3 +146,52 @@ def test_locations_decide_how_a_corpus_is_opened(
         assert local.location == str(server.folder)
     assert isinstance(opened(server.url), RemoteFiles)
     assert (tmp_path / "home" / "block-transformer" / "shards").is_dir()
+    for location in ("http://[::1/x", "file://[::1/x"):
+        with pytest.raises(DataError, match=r"^data.path .*\[::1/x is a malformed URL"):
+            opened(location)
+
+
+def test_without_a_home_directory_the_cache_must_be_set(
+    server: FaultyServer, open_remote: Callable[..., RemoteFiles], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unknown(user: int) -> None:
+        raise KeyError(user)
+
+    monkeypatch.setattr(pwd, "getpwuid", unknown)
+    for name in ("HOME", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    open_remote()
+    with pytest.raises(DataError, match=r"^no home directory is known here, so data.cache.directory must be set"):
+        RemoteFiles(server.url, CacheConfig())
+
+
+def test_signatures_share_metadata_and_contents_do_not(
+    server: FaultyServer, open_remote: Callable[..., RemoteFiles], tmp_path: Path
+) -> None:
+    (server.folder / "train").mkdir()
+    note = server.folder / "train" / "note"
+    note.write_bytes(b"before")
+    first, second = (open_remote(f"{server.url}?signature={number}") for number in (1, 2))
+    path = first.metadata("train/note")
+    assert second.metadata("train/note") == path
+    assert len(list((tmp_path / "cache" / "block-transformer-cache" / "metadata").iterdir())) == 1
+    note.write_bytes(b"after")
+    assert open_remote(server.url).metadata("train/note").read_bytes() == b"after"
+    assert path.read_bytes() == b"before"
+
+
+def test_what_lies_in_the_configured_directory_stays(
+    server: FaultyServer, manifest: Manifest, open_remote: Callable[..., RemoteFiles], tmp_path: Path
+) -> None:
+    wanted = files_of(manifest)[0]
+    (tmp_path / "cache").mkdir()
+    foreign = [tmp_path / "cache" / name for name in ("thesis.tex", "a" * 64, "b" * 64 + ".part", "lock")]
+    for path in foreign:
+        path.write_bytes(b"precious" * 1000)
+        os.utime(path, (0, 0))
+    open_remote(gibibytes=wanted.bytes / 2**30).path(wanted)
+    assert {path.read_bytes() for path in foreign} == {b"precious" * 1000}
+    assert {path.name for path in (tmp_path / "cache").iterdir()} == {
+        "block-transformer-cache",
+        *(path.name for path in foreign),
+    }

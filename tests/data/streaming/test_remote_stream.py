@@ -1,6 +1,7 @@
 """Streams over HTTP from a faulty server are those of the directory that it serves."""
 
 import functools
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -72,6 +73,19 @@ def test_a_shard_that_cannot_be_fetched_ends_the_run_or_is_left_out(
     rows = [sample.shard == 4 for sample in skipping.sample_ids(0, count)]
     assert 0 < sum(rows) < count
     np.testing.assert_array_equal(skipping.read(0, count).mask.any(axis=1), ~np.asarray(rows))
+
+
+def test_shards_come_before_they_are_read(
+    server: FaultyServer, manifest: Manifest, open_stream: Callable[..., SequenceStream]
+) -> None:
+    stream = open_stream(server.url, shuffle=False)
+    read = {sample.shard for sample in stream.sample_ids(0, 1)}
+    stream.read(0, 1)
+    names = {f"train/{record.file}" for index, record in enumerate(manifest.shards) if index not in read}
+    deadline = time.monotonic() + 10
+    while not names <= server.requests.keys():
+        assert time.monotonic() < deadline, "nothing was fetched ahead"
+        time.sleep(0.01)
 
 
 def test_a_split_that_is_not_there(server: FaultyServer, open_stream: Callable[..., SequenceStream]) -> None:

@@ -159,6 +159,22 @@ def test_what_a_killed_process_left_is_removed(corpus: Corpus, tmp_path: Path) -
     assert names_in(tmp_path / "cache") == {corpus.files["file-1"].sha256}
 
 
+def test_what_is_not_the_caches_own_is_neither_counted_nor_removed(corpus: Corpus, tmp_path: Path) -> None:
+    cache, names = open_cache(tmp_path, files=1), list(corpus.files)
+    folder, digest = tmp_path / "cache", "a" * 64
+    (folder / digest).mkdir()
+    foreign = [
+        folder / name for name in ("thesis.pdf", "download.part", f"{digest[1:]}", f"{digest}.tar", f"A{digest[1:]}")
+    ]
+    for path in foreign:
+        path.write_bytes(bytes(SIZE))
+        os.utime(path, (0, 0))
+    for name in names[:2]:
+        assert add(cache, corpus, name) == corpus.contents[name]
+    assert {path.stat().st_size for path in foreign} == {SIZE}
+    assert names_in(folder) == {digest, corpus.files[names[1]].sha256, *(path.name for path in foreign)}
+
+
 def test_what_was_used_longest_ago_makes_room(corpus: Corpus, tmp_path: Path) -> None:
     cache, names = open_cache(tmp_path, files=3.5), list(corpus.files)
 

@@ -81,6 +81,7 @@ def test_a_file_that_may_be_missing_is_asked_for_once(served: FaultyServer) -> N
 def test_a_signature_stays_behind_the_path_and_out_of_messages(served: FaultyServer) -> None:
     location = served.url.replace("http://", "http://user:password@") + "/a/?signature=secret"
     assert fetch(location, "file") == CONTENT
+    assert served.queries == {"signature=secret"}
     with pytest.raises(DataError) as caught:
         fetch(location, "other", expected=False)
     assert "secret" not in str(caught.value)
@@ -136,6 +137,7 @@ def is_running(process: int) -> bool:
             "ftp://host/corpus",
             r"^ftp://host/corpus cannot be fetched: known are http://, https://, s3://, gs:// and pipe:",
         ),
+        ("http://u:secret@[::1/x?secret", r"^data.path \[::1/x is a malformed URL \(Invalid IPv6 URL\); correct it$"),
     ],
 )
 def test_locations_that_cannot_be(location: str, message: str) -> None:
