@@ -4,16 +4,19 @@ import math
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from data.errors import DataError
 from evaluation.language_modeling import LanguageModeling, evaluate_language_modeling, unigram_entropy
 from parallel.config import ParallelConfig
+from parallel.inputs import MicroBatch, target_mask
 from parallel.stage import build_stage
 from parallel.topology import initialize_topology
+from tests.data.builders import write_split
 from tests.processes import run_processes
-from tests.train.small_run import prepare_small_corpus, small_run
+from tests.train.small_run import VOCABULARY, prepare_small_corpus, small_run
 from train.streams import open_stream
 
 
@@ -79,3 +82,36 @@ def test_too_small_a_batch_is_an_error(shards: Path) -> None:
         evaluate_language_modeling(None, stream, 20, 1)  # type: ignore[arg-type]
     with pytest.raises(DataError, match="batch size 8"):
         evaluate_language_modeling(None, stream, 4, 8)  # type: ignore[arg-type]
+
+
+def evaluate_documents(corpus: Path, isolated: bool) -> tuple[LanguageModeling, float, int]:
+    """A random model's evaluation, and the loss and number of targets of a plain loop over the same sequences."""
+    initialize_topology(ParallelConfig())
+    data = {"path": str(corpus), "isolate_documents": isolated}
+    config = small_run(corpus, corpus, data=data)
+    stage = build_stage(config.model.model_copy(update={"initializer_std": 0.3}), ParallelConfig())
+    stream = open_stream(config, "validation")
+    total = count = 0.0
+    with torch.no_grad():
+        for position in range(8):
+            read = stream.read(position, 1)
+            documents = None if read.documents is None else torch.from_numpy(read.documents)
+            batch = MicroBatch(torch.from_numpy(read.token_ids), torch.from_numpy(read.mask), documents)
+            valid = target_mask(config.model, batch)
+            total += float((stage(batch) * valid).sum())
+            count += int(valid.sum())
+    return evaluate_language_modeling(stage, stream, 8, 4), total / count, int(count)
+
+
+def test_documents_are_kept_apart_in_evaluation(tmp_path: Path) -> None:
+    documents = [np.random.default_rng(seed).integers(1, VOCABULARY, 5 + seed % 30) for seed in range(60)]
+    for split in ("train", "validation"):
+        write_split(tmp_path / "corpus", documents, split=split, shard_tokens=2000, vocab_size=VOCABULARY)
+    losses = {}
+    for isolated in (False, True):
+        result, loss, count = run_processes(1, evaluate_documents, tmp_path / "corpus", isolated)[0]
+        assert result.loss == pytest.approx(loss, rel=1e-6)
+        assert result.targets == count
+        losses[isolated] = (loss, count)
+    assert losses[True][1] < losses[False][1], "first blocks of documents are no targets"
+    assert abs(losses[True][0] - losses[False][0]) > 1e-3, "the text is trivial"

@@ -182,7 +182,7 @@ MUTATIONS = (
     Mutation(
         "other data under a running job goes unnoticed",
         "train/streams.py",
-        "    if differences:\n",
+        "    if general or of_stages:\n",
         "    if False:\n",
         "tests/train/test_resume.py::test_other_data_under_a_running_job_is_named",
     ),
