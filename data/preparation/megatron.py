@@ -1,7 +1,6 @@
 """Imports Megatron's indexed datasets: all of it or, under the final name, nothing."""
 
 import functools
-import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,29 +11,21 @@ from data.files import write_atomically
 from data.manifest import FORMAT_VERSION, Manifest, ShardRecord, dtype_for, read_manifest, write_manifest
 from data.preparation.indexed_dataset import IndexedDataset
 from data.preparation.inputs import check_no_file_twice, identify
-from data.preparation.megatron_records import (
-    ImportRecord,
-    ImportRequest,
-    ImportStatistics,
-    ImportSummary,
-    check_same_request,
-    read_import_record,
-)
+from data.preparation.megatron_records import ImportRecord, ImportRequest, ImportStatistics, ImportSummary
 from data.preparation.megatron_shards import (
     EndOfText,
-    PlannedShard,
+    EndOfTextRule,
     Selection,
     ShardTask,
     build_shard,
     compare_shard,
     plan_shards,
 )
-from data.preparation.output_directory import locked_directory, publish
+from data.preparation.output_directory import EmptySplitError, OutputDirectory, resolve_output
 from data.preparation.parallel_shards import build_shards
 from data.preparation.progress import Progress
-from data.preparation.records import RECORD_NAME
+from data.preparation.requests import check_at_least, check_validation_options
 from data.preparation.workers import WorkerPool
-from data.shards import check_sizes
 from data.tokenizer import Tokenizer, load_tokenizer
 
 Result = TypeVar("Result")
@@ -74,6 +65,12 @@ class _Import:
     datasets: dict[str, list[IndexedDataset]]
     tokenizer: Tokenizer
     request: ImportRequest
+    output: OutputDirectory[ImportRecord]
+
+    @property
+    def all_datasets(self) -> list[IndexedDataset]:
+        """Each once, also if both splits draw from it."""
+        return list(dict.fromkeys(dataset for datasets in self.datasets.values() for dataset in datasets))
 
 
 def import_megatron(options: ImportOptions) -> ImportSummary:
@@ -91,7 +88,12 @@ def import_megatron(options: ImportOptions) -> ImportSummary:
     Raises:
         DataError: A bad option, dataset or tokenizer, a full disk, or an output directory with other content.
     """
-    return _explained(options, lambda job: _existing(job) or _import_locked(job))
+
+    def make(job: _Import) -> ImportSummary:
+        record, already_prepared = job.output.make(lambda: _build(job))
+        return ImportSummary(job.output.path, record.statistics, already_prepared)
+
+    return _explained(options, make)
 
 
 def check_import(options: ImportOptions) -> str:
@@ -120,13 +122,9 @@ def _explained(options: ImportOptions, function: Callable[[_Import], Result]) ->
 
 
 def _open(options: ImportOptions) -> _Import:
-    if options.validation_inputs and options.validation_fraction:
-        raise DataError("--validation-input and --validation-fraction exclude each other; give one of them")
-    if not 0 <= options.validation_fraction < 1:
-        raise DataError(f"--validation-fraction {options.validation_fraction} must be at least 0 and below 1")
-    for name in ("workers", "shard_tokens"):
-        if getattr(options, name) < 1:
-            raise DataError(f"--{name.replace('_', '-')} {getattr(options, name)} must be at least 1")
+    check_validation_options(options.validation_inputs, options.validation_fraction)
+    check_at_least(options, {"workers": 1, "shard_tokens": 1})
+    output = resolve_output(options.output)
     tokenizer = load_tokenizer(options.tokenizer)
     train = [IndexedDataset(prefix) for prefix in options.inputs]
     validation = [IndexedDataset(prefix) for prefix in options.validation_inputs]
@@ -141,96 +139,73 @@ def _open(options: ImportOptions) -> _Import:
         end_of_text=options.end_of_text,
     )
     datasets = {"train": train, "validation": validation or train}
-    return _Import(options, {split: datasets[split] for split in request.splits}, tokenizer, request)
+    selected = {split: datasets[split] for split in request.splits}
+    return _Import(options, selected, tokenizer, request, OutputDirectory(output, request, ImportRecord))
 
 
-def _existing(job: _Import) -> ImportSummary | None:
-    output = job.options.output
-    record = check_same_request(output, job.request)
-    if record is None:
-        return None
-    for split in job.request.splits:
-        check_sizes(output / split, read_manifest(output / split))
-    return ImportSummary(output, record.statistics, already_prepared=True)
-
-
-def _import_locked(job: _Import) -> ImportSummary:
-    output = job.options.output
-    partial = output.with_name(f".{output.name}.partial")
-    with locked_directory(partial):
-        # Another process may have finished it in the meantime.
-        if (existing := _existing(job)) is None:
-            _keep_only_same_request(partial, job.request)
-            try:
-                statistics = _build(job, partial)
-            except BaseException:
-                if not any(partial.glob("output/*/*.tar")):
-                    shutil.rmtree(partial)  # Nothing in it is worth keeping.
-                raise
-            publish(partial / "output", output)
-        shutil.rmtree(partial)
-    return existing or ImportSummary(output, statistics, already_prepared=False)
-
-
-def _keep_only_same_request(partial: Path, request: ImportRequest) -> None:
-    record = read_import_record(partial)
-    if record is not None and record.request == request:
-        return
-    for child in partial.iterdir():
-        shutil.rmtree(child) if child.is_dir() else child.unlink()
-    write_atomically(partial / RECORD_NAME, ImportRecord(request=request).model_dump_json(indent=1).encode())
-
-
-def _build(job: _Import, partial: Path) -> dict[str, ImportStatistics]:
-    for dataset in {dataset for datasets in job.datasets.values() for dataset in datasets}:
+def _build(job: _Import) -> ImportRecord:
+    for dataset in job.all_datasets:
         dataset.check()
-    built, statistics = partial / "output", {}
-    for split in job.request.splits:
-        planned = _plan(job, split)
-        tasks = [task for task, _ in planned]
+    built, statistics = job.output.built, {}
+    # All before the first shard is built: a split may turn out empty.
+    plans = {split: _plan(job, split) for split in job.request.splits}
+    for split, plan in plans.items():
+        tasks = plan.tasks
         with Progress(split, "shards", len(tasks), shown=job.options.progress) as progress:
             shards = build_shards(
                 built / split,
-                partial / f"{split}.jsonl",
+                job.output.partial / f"{split}.jsonl",
                 tasks,
                 build_shard,
                 job.options.workers,
                 functools.partial(_advance, progress),
             )
         write_manifest(built / split, _manifest(job, shards))
-        statistics[split] = _statistics(shards, [shard for _, shard in planned])
+        statistics[split] = _statistics(shards, plan)
+    _check_nothing_lost(job, statistics)
     write_atomically(built / f"tokenizer{job.tokenizer.path.suffix}", job.tokenizer.path.read_bytes())
-    record = ImportRecord(request=job.request, statistics=statistics)
-    write_atomically(built / RECORD_NAME, record.model_dump_json(indent=1).encode())
-    return statistics
+    return ImportRecord(request=job.request, statistics=statistics)
 
 
 def _advance(progress: Progress, shard: ShardRecord) -> None:
     progress.update(1, shard.tokens)
 
 
-def _plan(job: _Import, split: str) -> list[tuple[ShardTask, PlannedShard]]:
-    planned, fraction = [], job.options.validation_fraction
+@dataclass(frozen=True)
+class _SplitPlan:
+    """Tasks of all shards of a split; numbers of documents and tokens in its datasets."""
+
+    tasks: tuple[ShardTask, ...]
+    empty_documents: int
+    tokens: int
+
+
+def _plan(job: _Import, split: str) -> _SplitPlan:
+    tasks, empty_documents, tokens = [], 0, 0
+    fraction = job.options.validation_fraction
+    rule = EndOfTextRule(job.tokenizer.eos_id, job.options.end_of_text)
     for number, dataset in enumerate(job.datasets[split]):
         selection = Selection(number, fraction, chosen=split == "validation" and fraction > 0)
-        for shard in plan_shards(dataset, selection, job.options.shard_tokens):
+        plan = plan_shards(dataset, selection, job.options.shard_tokens, rule)
+        empty_documents += plan.empty_documents
+        tokens += plan.tokens
+        for shard in plan.shards:
             task = ShardTask(
                 prefix=dataset.prefix,
                 first=shard.first,
                 last=shard.last,
                 selection=selection,
                 vocab_size=job.tokenizer.vocab_size,
-                eos_id=job.tokenizer.eos_id,
-                end_of_text=job.options.end_of_text,
+                end_of_text=rule,
                 dtype=dtype_for(job.tokenizer.vocab_size),
             )
-            planned.append((task, shard))
-    if not planned:
-        raise DataError(
-            f"no document went to the {split} split of {job.options.output}; give more documents, or another "
+            tasks.append(task)
+    if not tasks:
+        raise EmptySplitError(
+            f"no document went to the {split} split of {job.output.path}; give more documents, or another "
             "--validation-fraction or --validation-input"
         )
-    return planned
+    return _SplitPlan(tuple(tasks), empty_documents, tokens)
 
 
 def _manifest(job: _Import, shards: Sequence[ShardRecord]) -> Manifest:
@@ -245,39 +220,58 @@ def _manifest(job: _Import, shards: Sequence[ShardRecord]) -> Manifest:
     )
 
 
-def _statistics(shards: Sequence[ShardRecord], planned: Sequence[PlannedShard]) -> ImportStatistics:
-    documents, tokens = sum(shard.documents for shard in shards), sum(shard.tokens for shard in shards)
+def _statistics(shards: Sequence[ShardRecord], plan: _SplitPlan) -> ImportStatistics:
+    tokens = sum(shard.tokens for shard in shards)
     return ImportStatistics(
-        documents=documents,
+        documents=sum(shard.documents for shard in shards),
         tokens=tokens,
         shards=len(shards),
-        empty_documents=sum(shard.documents for shard in planned) - documents,
-        stripped_tokens=sum(shard.tokens for shard in planned) - tokens,
+        empty_documents=plan.empty_documents,
+        stripped_tokens=plan.tokens - tokens,
     )
 
 
+def _check_nothing_lost(job: _Import, statistics: dict[str, ImportStatistics]) -> None:
+    """Compares what the shards hold with what the indexes speak of."""
+    documents = sum(counts.documents for counts in statistics.values())
+    empty = sum(counts.empty_documents for counts in statistics.values())
+    given = sum(dataset.documents for dataset in job.all_datasets)
+    if documents + empty != given:
+        raise DataError(
+            f"output {job.output.path}: {documents:,} documents and {empty:,} empty ones are not the {given:,} of the "
+            f"datasets; delete it and {job.output.partial}, and import again while nothing changes the datasets"
+        )
+
+
 def _compare(job: _Import) -> str:
-    output = job.options.output
-    if check_same_request(output, job.request) is None:
+    output = job.output.path
+    if job.output.existing() is None:
         raise DataError(f"output {output} does not exist; import it first, without --check")
-    shards, tokens = 0, 0
+    statistics = {}
     for split in job.request.splits:
         manifest = read_manifest(output / split)
-        check_sizes(output / split, manifest)
-        tasks = list(enumerate(task for task, _ in _plan(job, split)))
-        if len(tasks) != len(manifest.shards):
+        plan = _plan(job, split)
+        if len(plan.tasks) != len(manifest.shards):
             raise DataError(
-                f"{output / split} has {len(manifest.shards):,} shards instead of {len(tasks):,}; delete the output "
-                "and import it again"
+                f"{output / split} has {len(manifest.shards):,} shards instead of {len(plan.tasks):,}; delete the "
+                "output and import it again"
             )
         initialize = functools.partial(_comparer, output / split, manifest)
         pool: WorkerPool[tuple[int, ShardTask], int] = WorkerPool(initialize, job.options.workers, in_hand=1)
-        with pool, Progress(f"checking {split}", "shards", len(tasks), shown=job.options.progress) as progress:
-            for compared in pool.map(tasks):
-                tokens += compared
+        shown = job.options.progress
+        with pool, Progress(f"checking {split}", "shards", len(plan.tasks), shown=shown) as progress:
+            for compared in pool.map(enumerate(plan.tasks)):
                 progress.update(1, compared)
-        shards += len(tasks)
-    return f"{tokens:,} tokens in {shards:,} shards of {output} are those of the datasets"
+        statistics[split] = _statistics(manifest.shards, plan)
+    _check_nothing_lost(job, statistics)
+    documents, empty, tokens, shards = (
+        sum(getattr(counts, name) for counts in statistics.values())
+        for name in ("documents", "empty_documents", "tokens", "shards")
+    )
+    return (
+        f"{tokens:,} tokens in {shards:,} shards of {output} are those of the datasets, "
+        f"{documents:,} documents and {empty:,} empty ones left out"
+    )
 
 
 def _comparer(directory: Path, manifest: Manifest) -> Callable[[tuple[int, ShardTask]], int]:

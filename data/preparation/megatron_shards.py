@@ -50,6 +50,19 @@ class Selection:
 
 
 @dataclass(frozen=True)
+class EndOfTextRule:
+    """What is done with an end of text.
+
+    Attributes:
+        eos_id: The token.
+        treatment: Whether one that ends a document is left out.
+    """
+
+    eos_id: int
+    treatment: EndOfText
+
+
+@dataclass(frozen=True)
 class ShardTask:
     """What one shard is made of.
 
@@ -59,8 +72,7 @@ class ShardTask:
         last: One past the last document.
         selection: Which documents in between.
         vocab_size: One more than the largest token id.
-        eos_id: Token that may end a document.
-        end_of_text: Whether that one is left out.
+        end_of_text: What is done with an end of text.
         dtype: Stored token type.
     """
 
@@ -69,66 +81,93 @@ class ShardTask:
     last: int
     selection: Selection
     vocab_size: int
-    eos_id: int
-    end_of_text: EndOfText
+    end_of_text: EndOfTextRule
     dtype: str
 
 
 @dataclass(frozen=True)
 class PlannedShard:
-    """A range of documents that becomes a shard, and what lies in it at the source.
+    """A range of documents that becomes a shard.
 
     Attributes:
         first: First document.
         last: One past the last document.
-        documents: Selected documents.
-        tokens: Their tokens.
     """
 
     first: int
     last: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What becomes of the selected documents of a dataset.
+
+    Attributes:
+        shards: The shards; none if there are only empty documents.
+        documents: Selected documents, empty ones included.
+        empty_documents: Those that hold no token but a stripped end of text.
+        tokens: Tokens of the selected documents as they are stored in the dataset.
+    """
+
+    shards: tuple[PlannedShard, ...]
     documents: int
+    empty_documents: int
     tokens: int
 
 
-def plan_shards(dataset: IndexedDataset, selection: Selection, shard_tokens: int) -> list[PlannedShard]:
+def plan_shards(dataset: IndexedDataset, selection: Selection, shard_tokens: int, rule: EndOfTextRule) -> Plan:
     """Cuts the selected documents of a dataset into shards, by their lengths.
 
     Args:
         dataset: The dataset.
         selection: Which documents.
         shard_tokens: A shard ends with the document that reaches this number of tokens.
+        rule: What is done with an end of text.
 
     Returns:
-        The shards; none if nothing was selected but empty documents.
+        The shards, none of which is empty, and what lies in the dataset.
+
+    Raises:
+        DataError: The dataset cannot be read.
     """
-    planned: list[PlannedShard] = []
-    begin, documents, tokens, weight = 0, 0, 0, 0
+    shards: list[PlannedShard] = []
+    begin, weight = 0, 0
+    documents = empty_documents = tokens = 0
     for start in range(0, dataset.documents, PLANNED_AT_ONCE):
         stop = min(start + PLANNED_AT_ONCE, dataset.documents)
         selected = selection.mask(start, stop)
-        lengths = np.where(selected, np.diff(dataset.offsets(start, stop)), 0)
-        # One less, for the end of text that may be stripped: a shard with any weight cannot come out empty.
-        weights = np.cumsum(np.maximum(lengths - 1, 0))
-        done = 0
+        offsets = dataset.offsets(start, stop)
+        lengths = np.where(selected, np.diff(offsets), 0)
+        single = _weights(dataset, offsets, lengths, rule)
+        weights = np.cumsum(single)
+        documents += int(selected.sum())
+        empty_documents += int((selected & (single == 0)).sum())
+        tokens += int(lengths.sum())
         while (cut := int(np.searchsorted(weights, shard_tokens - weight))) < len(weights):
-            documents += int(selected[done : cut + 1].sum())
-            tokens += int(lengths[done : cut + 1].sum())
-            planned.append(PlannedShard(begin, start + cut + 1, documents, tokens))
-            begin, done, documents, tokens, weight = start + cut + 1, cut + 1, 0, 0, -int(weights[cut])
-        documents += int(selected[done:].sum())
-        tokens += int(lengths[done:].sum())
+            shards.append(PlannedShard(begin, start + cut + 1))
+            begin, weight = start + cut + 1, -int(weights[cut])
         weight += int(weights[-1])
-    last = PlannedShard(begin, dataset.documents, documents, tokens)
     if weight:
-        planned.append(last)
-    elif planned and documents:
-        planned[-1] = _joined(planned[-1], last)
-    return planned
+        shards.append(PlannedShard(begin, dataset.documents))
+    elif shards:
+        shards[-1] = PlannedShard(shards[-1].first, dataset.documents)
+    return Plan(tuple(shards), documents, empty_documents, tokens)
 
 
-def _joined(one: PlannedShard, other: PlannedShard) -> PlannedShard:
-    return PlannedShard(one.first, other.last, one.documents + other.documents, one.tokens + other.tokens)
+def _weights(
+    dataset: IndexedDataset, offsets: NDArray[np.int64], lengths: NDArray[np.int64], rule: EndOfTextRule
+) -> NDArray[np.int64]:
+    """Tokens of each document that are sure to stay; 0 only if none stays: [n] from [n + 1] offsets, [n] lengths."""
+    if rule.treatment == "keep":
+        return lengths
+    # One less, for the end of text that may be stripped; only where nothing else may be left it is worth a look.
+    weights = np.maximum(lengths - 1, 0)
+    alone = np.flatnonzero(lengths == 1)
+    for run in np.split(alone, np.flatnonzero(np.diff(offsets[alone]) != 1) + 1):
+        if len(run):
+            begin = int(offsets[run[0]])
+            weights[run] = dataset.read(begin, begin + len(run)).astype(np.int64) != rule.eos_id
+    return weights
 
 
 def build_shard(task: ShardTask, directory: Path, index: int) -> ShardRecord:
@@ -203,8 +242,8 @@ def _documents(task: ShardTask) -> Iterator[tuple[int, NDArray[np.unsignedintege
         _check_vocabulary(task, stored, first, offsets)
         tokens: NDArray[np.unsignedinteger] = stored.astype(task.dtype)
         starts, ends = offsets[:-1] - offsets[0], offsets[1:] - offsets[0]
-        if task.end_of_text == "strip" and len(tokens):
-            ends = ends - ((ends > starts) & (tokens[np.maximum(ends, 1) - 1] == task.eos_id))
+        if task.end_of_text.treatment == "strip" and len(tokens):
+            ends = ends - ((ends > starts) & (tokens[np.maximum(ends, 1) - 1] == task.end_of_text.eos_id))
         for number, (start, end) in enumerate(zip(starts.tolist(), ends.tolist(), strict=True), first):
             if end > start:
                 yield number, tokens[start:end]

@@ -67,11 +67,6 @@ class Job:
         """Whether documents must be known before the first of them can be written to its place."""
         return self.request.remove_duplicates or self.request.shuffle_documents is not None
 
-    @property
-    def has_finished_shards(self) -> bool:
-        """Whether an interrupted run leaves something to go on from."""
-        return any(self.partial.glob("*/*/*.tar"))
-
 
 class _TokenizedSplit(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)

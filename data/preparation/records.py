@@ -2,15 +2,13 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
-import pydantic
 from pydantic import BaseModel, ConfigDict, Field
 
 from data.manifest import Manifest
-from data.preparation.inputs import InputRecord
+from data.preparation.requests import Record, Request
 
-RECORD_NAME = "preparation.json"
 REJECTED_NAME = "rejected.jsonl"
 SHOWN_REJECTIONS = 5
 # Reasons that are no fault of the input; all others are malformed input.
@@ -18,29 +16,16 @@ EMPTY, TOO_SHORT, DUPLICATE = "empty", "too short", "duplicate"
 HARMLESS_REASONS = (EMPTY, TOO_SHORT, DUPLICATE)
 
 
-class PreparationRequest(BaseModel):
+class PreparationRequest(Request):
     """Everything that the shards depend on."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    format_version: int = Field(..., description="Version of the shard layout.")
-    tokenizer_fingerprint: str = Field(..., description="SHA-256 of the tokenizer file.")
-    inputs: tuple[InputRecord, ...] = Field(..., description="Files given as --input.")
-    validation_inputs: tuple[InputRecord, ...] = Field(..., description="Files given as --validation-input.")
-    validation_fraction: float = Field(..., description="Share of documents that go to validation.")
-    shard_tokens: int = Field(..., description="Tokens after which a shard ends.")
     text_field: str = Field(..., description="Field or column with the text.")
     on_malformed: Literal["fail", "skip"] = Field(..., description="What was done about malformed input.")
     min_tokens: int = Field(..., description="Documents of fewer tokens are left out.")
     shuffle_documents: int | None = Field(..., description="Seed of the order of documents; none: that of the input.")
     remove_duplicates: bool = Field(..., description="Whether documents with equal text were left out.")
 
-    @property
-    def splits(self) -> tuple[str, ...]:
-        """Names of the splits."""
-        return ("train", "validation") if self.validation_inputs or self.validation_fraction else ("train",)
-
-    def is_continued_by(self, other: "PreparationRequest") -> bool:
+    def is_continued_by(self, other: Self) -> bool:
         """Says whether finished work of this request serves another: equal, or only malformed input is now skipped.
 
         Args:
@@ -77,28 +62,11 @@ class SplitStatistics(SplitCounts):
     shards: int = Field(..., ge=1, description="Number of shards.")
 
 
-class PreparationRecord(BaseModel):
+class PreparationRecord(Record):
     """Contents of `preparation.json`."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     request: PreparationRequest = Field(..., description="What was asked for.")
     statistics: dict[str, SplitStatistics] = Field(default_factory=dict, description="By split; none until complete.")
-
-
-def read_record(directory: Path) -> PreparationRecord | None:
-    """Reads `preparation.json`.
-
-    Args:
-        directory: Where it is.
-
-    Returns:
-        Its content, or nothing if there is none that fits.
-    """
-    try:
-        return PreparationRecord.model_validate_json((directory / RECORD_NAME).read_bytes())
-    except (OSError, pydantic.ValidationError):
-        return None
 
 
 @dataclass(frozen=True)

@@ -9,14 +9,17 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from data.errors import DataError
 from data.manifest import read_manifest
+from data.preparation import megatron
 from data.preparation.indexed_dataset import IndexedDataset
 from data.preparation.megatron import ImportOptions, check_import, import_megatron
+from data.preparation.megatron_shards import Plan
 from data.shards import ShardReader, read_document_lengths
 from data.tokenizer import load_tokenizer
 from tests.data.builders import intact_shards
@@ -103,6 +106,67 @@ def test_an_end_of_text_can_be_kept(options: ImportOptions, documents: list[list
     import_megatron(options)
     assert stored(options.output) == [tokens for tokens in documents if tokens]
     check_import(options)
+
+
+def test_no_short_document_is_lost(options: ImportOptions, eos_id: int, tmp_path: Path) -> None:
+    """Whole datasets of documents that have one token, which is an end of text or not, or none."""
+    short = [[5], [eos_id], [], [7], [eos_id], [eos_id, eos_id], [9]]
+    inputs = tuple(
+        write_dataset(tmp_path / name, documents)
+        for name, documents in (("a", short), ("b", [[1, 2, 3, 4]]), ("c", [[], [eos_id]]))
+    )
+    for treatment, expected in (("strip", stripped(short, eos_id)), ("keep", [tokens for tokens in short if tokens])):
+        last = [] if treatment == "strip" else [[eos_id]]
+        for shard_tokens in (1, 2, 1000):
+            job = dataclasses.replace(
+                options,
+                inputs=inputs,
+                output=tmp_path / f"{treatment}-{shard_tokens}",
+                end_of_text=treatment,
+                shard_tokens=shard_tokens,
+            )
+            counts = import_megatron(job).statistics["train"]
+            found = stored(job.output)
+            assert found == [*expected, [1, 2, 3, 4], *last]
+            assert counts.documents + counts.empty_documents == 10
+            assert check_import(job).endswith(f"{len(found)} documents and {10 - len(found)} empty ones left out")
+
+
+def test_a_loss_is_noticed(options: ImportOptions, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if the plan forgot the last documents."""
+    message = r"shards: \d+ documents and \d+ empty ones are not the 400 of the datasets"
+    with monkeypatch.context() as patch:
+        plan = megatron.plan_shards
+
+        def forget(*arguments: Any) -> Plan:
+            made = plan(*arguments)
+            return dataclasses.replace(made, shards=made.shards[:-1])
+
+        patch.setattr(megatron, "plan_shards", forget)
+        with pytest.raises(DataError, match=message):
+            import_megatron(options)
+        patch.setattr(megatron, "_check_nothing_lost", lambda job, statistics: None)
+        shutil.rmtree(options.output.with_name(".shards.partial"))
+        import_megatron(options)
+    with monkeypatch.context() as patch:
+        patch.setattr(megatron, "plan_shards", forget)
+        with pytest.raises(DataError, match=message):
+            check_import(options)
+
+
+def test_other_options_delete_no_finished_shards(options: ImportOptions, documents: list[list[int]]) -> None:
+    bad = [*documents[:-1], [VOCABULARY]]
+    write_dataset(options.inputs[0], bad)
+    with pytest.raises(DataError, match="holds the token id"):
+        import_megatron(options)
+    partial = options.output.with_name(".shards.partial")
+    kept = files(partial)
+    assert len(kept) > 10
+    with pytest.raises(
+        DataError, match=r"\d+ finished shards that were made otherwise \(end_of_text differ\); give the"
+    ):
+        import_megatron(dataclasses.replace(options, end_of_text="keep"))
+    assert files(partial) == kept
 
 
 def test_validation_by_fraction_or_dataset(
@@ -199,7 +263,7 @@ def test_a_check_names_the_first_difference(options: ImportOptions, documents: l
 def test_another_request_overwrites_nothing(options: ImportOptions, documents: list[list[int]]) -> None:
     import_megatron(options)
     before = files(options.output)
-    with pytest.raises(DataError, match=r"was imported from something else \(end_of_text differ\); give another"):
+    with pytest.raises(DataError, match=r"was made from something else \(end_of_text differ\); give another"):
         import_megatron(dataclasses.replace(options, end_of_text="keep"))
     write_dataset(options.inputs[0], documents[:-1])
     with pytest.raises(DataError, match=r"\(inputs differ\)"):
@@ -272,6 +336,7 @@ def test_a_token_outside_the_vocabulary_is_named(options: ImportOptions, documen
 def test_bad_options(options: ImportOptions, change: dict[str, object], message: str) -> None:
     with pytest.raises(DataError, match=message):
         import_megatron(dataclasses.replace(options, **change))
+    assert not list(options.output.parent.glob(".*"))
     with pytest.raises(DataError, match="exclude each other"):
         import_megatron(dataclasses.replace(options, validation_inputs=options.inputs, validation_fraction=0.1))
     with pytest.raises(DataError, match=r"text.idx is given twice"):

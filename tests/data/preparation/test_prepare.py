@@ -125,7 +125,7 @@ def test_other_content_is_not_overwritten(options: PreparationOptions, tmp_path:
         ({"shuffle_documents": 0}, "shuffle_documents"),
         ({"remove_duplicates": True}, "remove_duplicates"),
     ):
-        with pytest.raises(DataError, match=rf"prepared from something else \({field} differ\); give another --output"):
+        with pytest.raises(DataError, match=rf"made from something else \({field} differ\); give another --output"):
             prepare(dataclasses.replace(options, **change))
     assert files(options.output) == before
     foreign = tmp_path / "foreign"
@@ -167,11 +167,13 @@ def test_a_bad_input_leaves_nothing(options: PreparationOptions, tmp_path: Path)
         ({"min_tokens": -1}, "--min-tokens -1 must be"),
         ({"shuffle_documents": -1}, "--shuffle-documents -1 must be"),
         ({"output": Path("/dev/null/shards")}, "/dev/null.*: Not a directory"),
+        ({"output": Path("/")}, "output / is the root of the file system; give a directory in it"),
     ],
 )
 def test_bad_options(options: PreparationOptions, change: dict[str, object], message: str) -> None:
     with pytest.raises(DataError, match=message):
         prepare(dataclasses.replace(options, **change))
+    assert not list(options.output.parent.glob(".*"))
     with pytest.raises(DataError, match="exclude each other"):
         prepare(dataclasses.replace(options, validation_inputs=options.inputs))
 
@@ -201,7 +203,7 @@ def test_what_is_rejected_is_counted_and_listed(options: PreparationOptions, tmp
     assert str(prepare(skipping)).partition("\n")[2] == str(summary).partition("\n")[2]
     for path, message in ((bad, "line 3: malformed"), (damaged, "damaged or"), (inputs[2], "no document")):
         with pytest.raises(DataError, match=message):
-            prepare(dataclasses.replace(options, inputs=(path,), output=tmp_path / "other"))
+            prepare(dataclasses.replace(options, inputs=(path,), output=tmp_path / path.stem))
 
 
 def test_skipping_goes_on_where_failing_stopped(options: PreparationOptions, tmp_path: Path) -> None:
@@ -217,6 +219,68 @@ def test_skipping_goes_on_where_failing_stopped(options: PreparationOptions, tmp
     assert {name: (options.output / "train" / name).stat().st_mtime_ns for name in kept} == kept
     prepare(dataclasses.replace(skipping, output=tmp_path / "whole"))
     assert files(options.output) == files(tmp_path / "whole")
+
+
+def test_other_options_delete_no_finished_shards(options: PreparationOptions, tmp_path: Path) -> None:
+    """Until there is a finished shard, they replace what was asked for."""
+    large = tmp_path / "large.jsonl"
+    large.write_bytes(options.inputs[0].read_bytes() * 3 + b"{\n")
+    skipping = dataclasses.replace(options, inputs=(large,), on_malformed="skip", remove_duplicates=True)
+    partial = tmp_path / ".shards.partial"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("data.preparation.phases.find_kept", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            prepare(skipping)
+    kept = files(partial)
+    assert len(list(partial.glob("intermediate/*/*.tar"))) > 1
+    for change, field in (({"on_malformed": "fail"}, "on_malformed"), ({"min_tokens": 2, "shard_tokens": 9}, ".*")):
+        with pytest.raises(
+            DataError, match=rf"shards that were made otherwise \({field} differ\); .* or delete {partial}"
+        ):
+            prepare(dataclasses.replace(skipping, **change))
+    (partial / "preparation.json").write_text("{}")
+    with pytest.raises(DataError, match=r"made otherwise \(by another command\)"):
+        prepare(skipping)
+    (partial / "preparation.json").write_bytes(kept["preparation.json"])
+    assert files(partial) == kept
+    for shard in partial.rglob("*.tar"):
+        shard.unlink()
+    assert not prepare(dataclasses.replace(skipping, remove_duplicates=False)).already_prepared
+
+
+def interrupted(*arguments: object) -> None:
+    raise KeyboardInterrupt
+
+
+def test_what_a_kill_after_the_end_leaves_is_removed(
+    options: PreparationOptions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    partial = tmp_path / ".shards.partial"
+    with monkeypatch.context() as patch:
+        patch.setattr("data.preparation.output_directory.fsync_path", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            prepare(options)
+    assert partial.is_dir()
+    assert prepare(options).already_prepared
+    assert not partial.exists()
+    # One that holds shards may belong to other data, whose output was moved away.
+    (partial / "output").mkdir(parents=True)
+    assert prepare(options).already_prepared
+    assert partial.exists()
+
+
+def test_the_output_may_be_a_link(options: PreparationOptions, tmp_path: Path) -> None:
+    link = tmp_path / "link"
+    link.symlink_to(tmp_path / "disk" / "shards")
+    linked = dataclasses.replace(options, output=link)
+    assert not prepare(linked).already_prepared
+    assert intact_shards(tmp_path / "disk" / "shards") > 1
+    assert link.is_symlink()
+    assert prepare(linked).already_prepared
+    loop = tmp_path / "loop"
+    loop.symlink_to(loop)
+    with pytest.raises(DataError, match="loop is a link that leads back to itself"):
+        prepare(dataclasses.replace(options, output=loop))
 
 
 def test_a_token_outside_the_vocabulary_is_not_stored(
