@@ -2,11 +2,12 @@
 
 import hashlib
 import json
+from collections import Counter
 from pathlib import Path
-from typing import TypeVar
+from typing import Annotated, Self, TypeVar
 
 import pydantic
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, model_validator
 
 from data.errors import DataError
 from data.files import write_atomically
@@ -16,6 +17,10 @@ FORMAT_VERSION = 1
 DTYPES = {"uint16": 2, "uint32": 4}
 
 Model = TypeVar("Model", bound=BaseModel)
+# Neither another folder nor, as a checksum, anything else than the name of a cached copy.
+FileName = Annotated[str, Field(pattern=r"^[^/\x00]+$")]
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+FileBytes = Annotated[int, Field(ge=1, lt=2**63)]
 
 
 class ShardRecord(BaseModel):
@@ -23,16 +28,29 @@ class ShardRecord(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    file: str = Field(..., description="Name of the tar, beside the manifest.")
+    file: FileName = Field(..., description="Name of the tar, beside the manifest.")
     documents: int = Field(..., ge=1, description="Number of documents.")
     tokens: int = Field(..., ge=1, description="Number of tokens of all documents, without end-of-text tokens.")
-    bytes: int = Field(..., ge=1, description="Size of the tar.")
-    sha256: str = Field(..., description="Checksum of the tar.")
-    lengths_file: str = Field(..., description="Name of the .npy with the number of tokens of each document.")
-    lengths_bytes: int = Field(..., ge=1, description="Size of that file.")
-    lengths_sha256: str = Field(..., description="Checksum of that file.")
-    sample_offsets: tuple[int, ...] = Field(..., description="Byte in the tar where the tokens of each sample start.")
-    sample_tokens: tuple[int, ...] = Field(..., description="Number of tokens of each sample.")
+    bytes: FileBytes = Field(..., description="Size of the tar.")
+    sha256: Sha256 = Field(..., description="Checksum of the tar.")
+    lengths_file: FileName = Field(..., description="Name of the .npy with the number of tokens of each document.")
+    lengths_bytes: FileBytes = Field(..., description="Size of that file.")
+    lengths_sha256: Sha256 = Field(..., description="Checksum of that file.")
+    sample_offsets: tuple[NonNegativeInt, ...] = Field(
+        ..., min_length=1, description="Byte in the tar where the tokens of each sample start."
+    )
+    sample_tokens: tuple[PositiveInt, ...] = Field(..., min_length=1, description="Number of tokens of each sample.")
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        offsets, tokens = self.sample_offsets, self.sample_tokens
+        if len(offsets) != len(tokens):
+            raise ValueError(f"sample_offsets has {len(offsets)} entries and sample_tokens {len(tokens)}")
+        if sum(tokens) != self.tokens:
+            raise ValueError(f"sample_tokens adds up to {sum(tokens)}, tokens is {self.tokens}")
+        if list(offsets) != sorted(set(offsets)) or offsets[-1] >= self.bytes:
+            raise ValueError(f"sample_offsets does not rise within the {self.bytes} bytes of {self.file}")
+        return self
 
 
 class Manifest(BaseModel):
@@ -47,6 +65,19 @@ class Manifest(BaseModel):
     eos_id: int = Field(..., ge=0, description="Token that packing puts after each document.")
     dtype: str = Field(..., description="Type of the stored tokens, uint16 or uint32, little endian.")
     shards: tuple[ShardRecord, ...] = Field(..., description="The shards, in the order of the input.")
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.eos_id >= self.vocab_size:
+            raise ValueError(f"eos_id {self.eos_id} is outside the vocabulary of {self.vocab_size}")
+        # An unknown type is another error than one that is too small.
+        if self.vocab_size > 2 ** (8 * DTYPES.get(self.dtype, 8)):
+            raise ValueError(f"dtype {self.dtype} does not hold the ids of a vocabulary of {self.vocab_size}")
+        names = Counter(name for shard in self.shards for name in (shard.file, shard.lengths_file))
+        name, times = max(names.items(), key=lambda item: item[1], default=("", 1))
+        if times > 1:
+            raise ValueError(f"{name} is listed {times} times")
+        return self
 
     @property
     def documents(self) -> int:
@@ -116,7 +147,7 @@ def parse_manifest(path: Path) -> Manifest:
         The manifest.
 
     Raises:
-        DataError: It is damaged, of another version, or has an unknown dtype.
+        DataError: It is damaged, of another version, names no shard, or has an unknown dtype.
     """
     manifest = parse_model(Manifest, path)
     if manifest.format_version != FORMAT_VERSION:
@@ -129,6 +160,8 @@ def parse_manifest(path: Path) -> Manifest:
             f"{path} has dtype {manifest.dtype!r}, only {' and '.join(DTYPES)} are known; "
             "prepare the data again with tools/prepare_data.py"
         )
+    if not manifest.shards:
+        raise DataError(f"{path} names no shard; prepare the data again with tools/prepare_data.py")
     return manifest
 
 
@@ -151,5 +184,6 @@ def parse_model(model: type[Model], path: Path) -> Model:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "the whole file"
         raise DataError(
-            f"{path} is damaged ({where}: {first['msg']}); prepare the data again with tools/prepare_data.py"
+            f"{path} is damaged ({where}: {first['msg'].removeprefix('Value error, ')}); prepare the data again with "
+            "tools/prepare_data.py"
         ) from None

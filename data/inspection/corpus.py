@@ -88,7 +88,22 @@ def open_splits(root: Path) -> list[CorpusSplit]:
     Raises:
         DataError: It has none, or a manifest is damaged.
     """
-    found = [CorpusSplit(root, name) for name in SPLITS if (root / name).is_dir()]
+    return [CorpusSplit(root, name) for name in split_names(root)]
+
+
+def split_names(root: Path) -> list[str]:
+    """Finds the splits of a prepared directory.
+
+    Args:
+        root: The directory.
+
+    Returns:
+        Names of the splits that it has.
+
+    Raises:
+        DataError: It has none.
+    """
+    found = [name for name in SPLITS if (root / name).is_dir()]
     if not found:
         raise DataError(f"{root} holds neither train/ nor validation/; make them with tools/prepare_data.py")
     return found

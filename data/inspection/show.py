@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from data.errors import DataError
 from data.inspection.corpus import CorpusSplit
 from data.tokenizer import load_tokenizer
 
@@ -21,8 +22,12 @@ def describe_documents(root: Path, split: str, shard: int, first: int, count: in
         A heading and the text of each document.
 
     Raises:
-        DataError: There is no such split, shard or document, or one is damaged.
+        DataError: There is no such split, shard or document, one is damaged, or a number is impossible.
     """
+    if count < 1:
+        raise DataError(f"--count {count} must be at least 1")
+    if characters < 0:
+        raise DataError(f"--characters {characters} must be at least 1, or 0 for all")
     opened = CorpusSplit(root, split)
     record = opened.shard(shard)
     tokenizer = load_tokenizer(root / opened.manifest.tokenizer_file)

@@ -4,10 +4,12 @@ from pathlib import Path
 
 import numpy as np
 
+from data.errors import DataError
 from data.inspection.corpus import CorpusSplit, open_splits
 from data.streaming.packing import PackingSettings, ShardPacking
 
 QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
+LONGEST = 2**31 - 1
 
 
 def describe_corpus(root: Path, block_length: int, sequence_length: int) -> str:
@@ -22,8 +24,12 @@ def describe_corpus(root: Path, block_length: int, sequence_length: int) -> str:
         Lines for a person.
 
     Raises:
-        DataError: The directory holds no split, or a damaged one.
+        DataError: A length is impossible, or the directory holds no split, or a damaged one.
     """
+    if not 1 <= sequence_length <= LONGEST:
+        raise DataError(f"--sequence-length {sequence_length} must be from 1 to {LONGEST}")
+    if not 1 <= block_length <= sequence_length:
+        raise DataError(f"--block-length {block_length} must be from 1 to --sequence-length {sequence_length}")
     return "\n".join(
         line for split in open_splits(root) for line in _describe_split(split, block_length, sequence_length)
     )

@@ -2,7 +2,7 @@
 
 import os
 import tarfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 
 from data.errors import DataError
 from data.files import sha256_of_file
-from data.inspection.corpus import CorpusSplit, open_splits
+from data.inspection.corpus import CorpusSplit, split_names
 from data.manifest import ShardRecord
-from data.shard_writer import LENGTHS_MEMBER
+from data.shard_writer import LENGTHS_MEMBER, TOKENS_MEMBER
 from data.shards import PREPARE_AGAIN, ShardReader, check_size, npy_header
 
 TOKENS_AT_A_TIME = 2**22
@@ -45,9 +45,9 @@ def verify_corpus(root: Path, progress: bool = False) -> Verification:
         The number of shards and what is wrong with them.
 
     Raises:
-        DataError: There is no split, or a manifest is damaged.
+        DataError: There is no split.
     """
-    splits = open_splits(root)
+    splits, problems = _splits(root)
     checks: list[Callable[[], None]] = []
     for split in splits:
         checks.append(lambda split=split: _verify_tokenizer(root, split))  # type: ignore[misc]
@@ -55,8 +55,19 @@ def verify_corpus(root: Path, progress: bool = False) -> Verification:
     # Threads: hashing and reading let others run.
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         found = pool.map(_problem, checks)
-        problems = tuple(filter(None, tqdm.tqdm(found, total=len(checks), unit="file", disable=not progress)))
-    return Verification(sum(len(split.manifest.shards) for split in splits), problems)
+        problems += filter(None, tqdm.tqdm(found, total=len(checks), unit="file", disable=not progress))
+    return Verification(sum(len(split.manifest.shards) for split in splits), tuple(problems))
+
+
+def _splits(root: Path) -> tuple[list[CorpusSplit], list[str]]:
+    """The splits whose manifests can be read, and what is wrong with the others."""
+    splits, problems = [], []
+    for name in split_names(root):
+        try:
+            splits.append(CorpusSplit(root, name))
+        except DataError as error:
+            problems.append(str(error))
+    return splits, problems
 
 
 def _problem(check: Callable[[], None]) -> str | None:
@@ -77,29 +88,45 @@ def _verify_shard(split: CorpusSplit, record: ShardRecord) -> None:
     check_size(split.directory / record.lengths_file, record.lengths_bytes)
     _compare_checksum(path, record.sha256)
     _compare_checksum(split.directory / record.lengths_file, record.lengths_sha256)
-    stored = np.concatenate([np.empty(0, dtype=np.int64), *_lengths_in_tar(path)])
+    try:
+        offsets, lengths = _samples_in_tar(path)
+    except (tarfile.TarError, ValueError, OSError) as error:
+        raise DataError(f"{path} is no tar of documents ({error}); {PREPARE_AGAIN}") from None
+    stored = np.concatenate([np.empty(0, dtype=np.int64), *lengths])
     if not np.array_equal(stored, split.lengths(record)):
         raise DataError(f"{path} holds other documents than {record.lengths_file} says; {PREPARE_AGAIN}")
+    tokens = tuple(int(documents.sum()) for documents in lengths)
+    if (tuple(offsets), tokens) != (record.sample_offsets, record.sample_tokens):
+        raise DataError(f"{path} holds its samples elsewhere than its manifest says; {PREPARE_AGAIN}")
     _check_tokens(split, record)
 
 
 def _compare_checksum(path: Path, expected: str) -> None:
     if not path.is_file():
         raise DataError(f"{path} is named in the manifest but missing; {PREPARE_AGAIN}")
-    actual = sha256_of_file(path)
+    try:
+        actual = sha256_of_file(path)
+    except OSError as error:
+        raise DataError(f"{path} cannot be read ({error.strerror}); {PREPARE_AGAIN}") from None
     if actual != expected:
         raise DataError(f"{path} has checksum {actual}, the manifest says {expected}; {PREPARE_AGAIN}")
 
 
-def _lengths_in_tar(path: Path) -> Iterator[NDArray[np.int64]]:
-    with tarfile.open(path, "r:") as tar:
+def _samples_in_tar(path: Path) -> tuple[list[int], list[NDArray[np.int64]]]:
+    """Where the tokens of each sample start, and the lengths of its documents."""
+    # A header's length depends neither on the number of values, up to ten digits, nor on the type.
+    header_bytes = len(npy_header((0,), np.dtype("<u4")))
+    offsets, lengths = [], []
+    with tarfile.open(path, "r:") as tar, open(path, "rb") as file:
         for member in tar:
-            if member.name.endswith(LENGTHS_MEMBER):
-                content = tar.extractfile(member)
-                assert content is not None
-                values = content.read()
-                # The header's length does not depend on the number of documents, up to ten digits.
-                yield np.frombuffer(values, "<u4", offset=len(npy_header((0,), np.dtype("<u4")))).astype(np.int64)
+            values = member.offset_data + header_bytes
+            if member.name.endswith(TOKENS_MEMBER):
+                offsets.append(values)
+            elif member.name.endswith(LENGTHS_MEMBER):
+                file.seek(values)
+                content = file.read(max(member.size - header_bytes, 0))
+                lengths.append(np.frombuffer(content, "<u4").astype(np.int64))
+    return offsets, lengths
 
 
 def _check_tokens(split: CorpusSplit, record: ShardRecord) -> None:

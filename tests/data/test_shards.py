@@ -98,6 +98,9 @@ def test_a_shard_that_shrinks_while_open_is_named(tmp_path: Path) -> None:
         ({"dtype": "int8"}, "dtype 'int8', only uint16 and uint32 are known"),
         ({"vocab_size": "many"}, "damaged \\(vocab_size"),
         ({"extra": 1}, "damaged \\(extra"),
+        ({"shards": []}, "names no shard"),
+        ({"eos_id": 2**16}, "eos_id 65536 is outside the vocabulary of 65536"),
+        ({"vocab_size": 2**16 + 1}, "dtype uint16 does not hold the ids of a vocabulary of 65537"),
     ],
 )
 def test_manifests_are_checked(tmp_path: Path, change: dict[str, object], message: str) -> None:
@@ -108,6 +111,34 @@ def test_manifests_are_checked(tmp_path: Path, change: dict[str, object], messag
         read_manifest(tmp_path / "train")
     path.write_text("{")
     with pytest.raises(DataError, match="damaged"):
+        read_manifest(tmp_path / "train")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"sample_offsets": []}, r"\(shards.1.sample_offsets: .*at least 1 item"),
+        ({"sample_tokens": [60, 60]}, r"\(shards.1: sample_offsets has 1 entries and sample_tokens 2"),
+        ({"sample_tokens": [119]}, r"\(shards.1: sample_tokens adds up to 119, tokens is 120"),
+        ({"sample_tokens": [-1, 121], "sample_offsets": [1024, 2048]}, r"\(shards.1.sample_tokens.0: .*greater than 0"),
+        (
+            {"sample_tokens": [60, 60], "sample_offsets": [1024, 512]},
+            r"sample_offsets does not rise within the \d+ bytes",
+        ),
+        ({"sample_offsets": [10**30]}, r"sample_offsets does not rise within the \d+ bytes of shard-00001.tar"),
+        ({"sha256": "../secret"}, r"\(shards.1.sha256: "),
+        ({"file": "../train/shard-00001.tar"}, r"\(shards.1.file: "),
+        ({"file": "shard-00000.tar"}, r"\(the whole file: shard-00000.tar is listed 2 times"),
+        ({"lengths_file": "shard-00000.lengths.npy"}, r"shard-00000.lengths.npy is listed 2 times"),
+    ],
+)
+def test_shards_in_manifests_are_checked(tmp_path: Path, change: dict[str, object], message: str) -> None:
+    write_split(tmp_path, numbered_documents([120, 120]), shard_tokens=100)
+    path = tmp_path / "train" / MANIFEST_NAME
+    content = json.loads(path.read_text())
+    content["shards"][1] |= change
+    path.write_text(json.dumps(content))
+    with pytest.raises(DataError, match=rf"^{path} is damaged .*{message}.*; prepare the data again"):
         read_manifest(tmp_path / "train")
 
 

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from data.errors import DataError
+from data.files import sha256_of_file
 from data.inspection.comparison import compare_corpora
 from data.inspection.corpus import CorpusSplit
 from data.inspection.show import describe_documents
@@ -91,15 +92,51 @@ def test_every_damage_is_found(corpus: Path) -> None:
 
 def test_a_manifest_that_contradicts_its_shards_is_found(corpus: Path) -> None:
     manifest = read_manifest(corpus / "train")
-    swapped = {name: getattr(manifest.shards[1], name) for name in ("lengths_file", "lengths_bytes", "lengths_sha256")}
-    numbers = {name: getattr(manifest.shards[1], name) for name in ("documents", "tokens")}
-    first = manifest.shards[0].model_copy(update=swapped | numbers)
-    write_manifest(corpus / "train", manifest.model_copy(update={"shards": (first, *manifest.shards[1:])}))
-    assert "holds other documents than shard-00001.lengths.npy says" in verify_corpus(corpus).problems[0]
+    sidecar = corpus / "train" / manifest.shards[0].lengths_file
+    content = sidecar.read_bytes()
+    np.save(sidecar, np.load(sidecar)[::-1])
+    changes: list[dict[str, object]] = [{"lengths_sha256": sha256_of_file(sidecar)}, {}]
+    changes[1]["sample_offsets"] = (manifest.shards[1].sample_offsets[0] + 512,)
+    shards = [record.model_copy(update=change) for record, change in zip(manifest.shards, changes, strict=False)]
+    write_manifest(corpus / "train", manifest.model_copy(update={"shards": (*shards, *manifest.shards[2:])}))
+    first, second = verify_corpus(corpus).problems
+    assert "shard-00000.tar holds other documents than shard-00000.lengths.npy says" in first
+    assert "shard-00001.tar holds its samples elsewhere than its manifest says" in second
+    sidecar.write_bytes(content)
     write_manifest(corpus / "train", manifest.model_copy(update={"vocab_size": 50}))
     problems = verify_corpus(corpus).problems
     assert all("its vocabulary has 50" in problem for problem in problems)
     assert len(problems) == len([s for s in np.cumsum([s.tokens for s in manifest.shards]) if s >= 50])
+
+
+def test_what_cannot_be_read_hides_nothing_else(corpus: Path) -> None:
+    """Neither a damaged manifest nor a tar that is none, though its checksum is right."""
+    manifest = read_manifest(corpus / "train")
+    tar = corpus / "train" / "shard-00001.tar"
+    tar.write_bytes(b"no tar".ljust(tar.stat().st_size))
+    second = manifest.shards[1].model_copy(update={"sha256": sha256_of_file(tar)})
+    shards = (manifest.shards[0], second, *manifest.shards[2:])
+    write_manifest(corpus / "train", manifest.model_copy(update={"shards": shards}))
+    (corpus / "validation" / "manifest.json").write_text("{}")
+    found = verify_corpus(corpus)
+    assert found.shards == len(shards)
+    damaged, none = found.problems
+    assert f"{corpus / 'validation' / 'manifest.json'} is damaged" in damaged
+    assert f"{tar} is no tar of documents" in none
+
+
+@pytest.mark.parametrize(
+    ("block_length", "sequence_length", "message"),
+    [
+        (4, 0, "^--sequence-length 0 must be from 1 to"),
+        (-4, 16, "^--block-length -4 must be from 1 to --sequence-length 16$"),
+        (0, 16, "^--block-length 0 must"),
+        (10**30, 10**30, "^--sequence-length 10{30} must"),
+    ],
+)
+def test_impossible_lengths_are_named(corpus: Path, block_length: int, sequence_length: int, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        describe_corpus(corpus, block_length, sequence_length)
 
 
 def test_corpora_are_compared(corpus: Path, tmp_path: Path) -> None:
