@@ -50,7 +50,14 @@ def parse_arguments() -> argparse.Namespace:
     step.add_argument("--step", type=int, required=True, help="number of the optimizer step, from 1")
     step.add_argument("--rank", type=int, help="only this process (default: all data-parallel ranks)")
     step.add_argument("--tokenizer", type=Path, metavar="FILE", help="show the text too, decoded with this tokenizer")
-    return parser.parse_args()
+    # Behind an option, argparse leaves overrides over.
+    arguments, rest = parser.parse_known_args()
+    unknown = [word for word in rest if word.startswith("-") or "=" not in word]
+    if unknown or (rest and arguments.command != "step"):
+        parser.error(f"unrecognized arguments: {' '.join(unknown or rest)}")
+    if rest:
+        arguments.overrides += rest
+    return arguments
 
 
 def main() -> int:
