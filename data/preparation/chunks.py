@@ -22,9 +22,12 @@ from data.preparation.inputs import COMPRESSIONS, check_input_path
 from data.preparation.zstandard_stream import ZstandardStream
 
 CHUNK_BYTES = 2**20
+# Unpacked at once: what a damaged file may lose of what comes before the damage.
+PIECE_BYTES = 2**16
 # A long novel has 3 MiB; tokenizers take up to 130 bytes of memory for each of a text.
 MAXIMUM_DOCUMENT_BYTES = 2**24
 UTF8_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+READ_ERRORS = (OSError, EOFError, zlib.error, lzma.LZMAError, zstandard.ZstdError, pyarrow.ArrowException)
 
 
 class Rejection(NamedTuple):
@@ -95,7 +98,7 @@ def read_chunks(path: Path, text_field: str, maximum_bytes: int = MAXIMUM_DOCUME
             next_line, consumed = chunk.next_line, chunk.consumed
             blank = blank and kind == ".jsonl" and isinstance(chunk.content, bytes) and chunk.content.isspace()
             yield chunk
-    except (OSError, EOFError, zlib.error, lzma.LZMAError, zstandard.ZstdError, pyarrow.ArrowException) as error:
+    except READ_ERRORS as error:
         if isinstance(error, OSError) and error.errno is not None:
             # The file may be fine, so nobody may skip it.
             raise DataError(f"{path} cannot be read ({error.strerror}); see to the disk and try again") from error
@@ -129,12 +132,32 @@ def _read(path: Path, kind: str, maximum_bytes: int) -> Iterator[Chunk]:
             yield Chunk(path, kind, 1, text, file.tell())
 
 
-def _read_lines(path: Path, file: BinaryIO, stream: BinaryIO, maximum_bytes: int) -> Iterator[Chunk]:
+def _blocks(stream: io.BufferedIOBase) -> Iterator[bytes]:
+    """Reads blocks of the same size, the last one shorter; of a damaged stream first all that comes before."""
+    pieces: list[bytes] = []
+    size = 0
+    damage = None
+    try:
+        while piece := stream.read1(min(PIECE_BYTES, CHUNK_BYTES - size)):
+            pieces.append(piece)
+            size += len(piece)
+            if size == CHUNK_BYTES:
+                yield b"".join(pieces)
+                pieces, size = [], 0
+    except READ_ERRORS as error:
+        damage = error
+    if pieces:
+        yield b"".join(pieces)
+    if damage is not None:
+        raise damage
+
+
+def _read_lines(path: Path, file: BinaryIO, stream: io.BufferedIOBase, maximum_bytes: int) -> Iterator[Chunk]:
     line = 1
     parts: list[bytes] = []  # The beginning of a line whose end has not been read; of one too long, nothing is kept.
     size = 0
-    block = stream.read(CHUNK_BYTES).removeprefix(UTF8_BYTE_ORDER_MARK)
-    while block:
+    for number, whole in enumerate(_blocks(stream)):
+        block = whole if number else whole.removeprefix(UTF8_BYTE_ORDER_MARK)
         first = block.find(b"\n") + 1
         if first and size + first > maximum_bytes:
             yield _too_long(path, ".jsonl", line, file.tell(), maximum_bytes)
@@ -145,7 +168,6 @@ def _read_lines(path: Path, file: BinaryIO, stream: BinaryIO, maximum_bytes: int
             line, parts, size, block = chunk.next_line, [], 0, block[end:]
         size += len(block)
         parts = [*parts, block] if size <= maximum_bytes else []
-        block = stream.read(CHUNK_BYTES)
     if size > maximum_bytes:
         yield _too_long(path, ".jsonl", line, file.tell(), maximum_bytes)
     elif size:
@@ -155,7 +177,7 @@ def _read_lines(path: Path, file: BinaryIO, stream: BinaryIO, maximum_bytes: int
 def _read_table(path: Path, text_field: str, maximum_bytes: int) -> Iterator[Chunk]:
     with contextlib.ExitStack() as stack:
         source: Path | BinaryIO = path
-        if path.suffix in COMPRESSIONS:  # A table is read from its end, so it must be unpacked first.
+        if path.suffix.lower() in COMPRESSIONS:  # A table is read from its end, so it must be unpacked first.
             source = cast(BinaryIO, stack.enter_context(tempfile.TemporaryFile()))
             _unpack(path, source)
         table = stack.enter_context(parquet.ParquetFile(source))
@@ -182,6 +204,10 @@ def _unpack(path: Path, target: BinaryIO) -> None:
 
 def _rows_per_chunk(path: Path, table: "parquet.ParquetFile", text_field: str) -> int:
     schema = table.schema_arrow
+    if schema.names.count(text_field) > 1:
+        raise DataError(
+            f'{path} has {schema.names.count(text_field)} columns "{text_field}"; rename all but the one with the text'
+        )
     if text_field not in schema.names:
         raise DataError(
             f'{path} has no column "{text_field}" (found {schema.names[:8]}); name the right one by --text-field'
@@ -216,11 +242,12 @@ def _cut_rows(
         yield Chunk(path, ".parquet", first_line + start, texts[start:], consumed)
 
 
-def _decompress(path: Path, file: BinaryIO) -> BinaryIO:
-    if path.suffix == ".xz":
-        return cast(BinaryIO, lzma.open(file, "rb"))
-    if path.suffix == ".gz":
-        return cast(BinaryIO, gzip.open(file, "rb"))
-    if path.suffix == ".zst":
-        return cast(BinaryIO, io.BufferedReader(ZstandardStream(file)))
+def _decompress(path: Path, file: io.BufferedReader) -> io.BufferedIOBase:
+    ending = path.suffix.lower()
+    if ending == ".xz":
+        return lzma.open(file, "rb")
+    if ending == ".gz":
+        return gzip.open(file, "rb")
+    if ending == ".zst":
+        return io.BufferedReader(ZstandardStream(file))
     return file

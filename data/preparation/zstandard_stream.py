@@ -5,7 +5,8 @@ from typing import BinaryIO
 
 import zstandard
 
-CHUNK_BYTES = 1 << 20
+# Unpacked at once: what a damaged file may lose of what comes before the damage.
+CHUNK_BYTES = 1 << 14
 
 
 class ZstandardStream(io.RawIOBase):

@@ -1,6 +1,8 @@
+import functools
 import gzip
 import json
 import lzma
+import random
 from collections.abc import Callable
 from pathlib import Path
 
@@ -152,6 +154,12 @@ def pieces(path: Path, text_field: str = "text", maximum_bytes: int = 2 * CHUNK_
             lambda path: pyarrow.parquet.write_table(pyarrow.table({"text": [1]}), path),
             'column "text" has type int64; name one with strings by --text-field',
         ),
+        (
+            lambda path: pyarrow.parquet.write_table(
+                pyarrow.Table.from_arrays([pyarrow.array(["a"])] * 2, ["text", "text"]), path
+            ),
+            'a.parquet has 2 columns "text"; rename all but the one with the text',
+        ),
         (lambda path: write_table(path, []), "a.parquet holds no document"),
         (lambda path: write_table(path, ["a", None]), "a.parquet, line 2: no text in this row"),
         (lambda path: write_table(path, ["a", "b\n\0"]), "a.parquet, line 2: NUL character"),
@@ -214,6 +222,34 @@ def test_lines_survive_any_cut(
     assert [piece.text for piece in documents if isinstance(piece, Document)] == lines
     assert isinstance(last, Rejection)
     assert (last.line, last.reason) == (step * len(lines) + 1, "malformed JSON")
+
+
+@pytest.mark.parametrize(
+    ("ending", "compress"),
+    [(".xz", functools.partial(lzma.compress, preset=0)), (".gz", gzip.compress), (".zst", zstandard.compress)],
+)
+@pytest.mark.parametrize("cut", [True, False])
+def test_damage_costs_little_of_what_comes_before(
+    tmp_path: Path, ending: str, compress: Callable[[bytes], bytes], cut: bool
+) -> None:
+    """Some 100 KB, which a format packs together; chunks before it are the same as of the whole file."""
+    generator = random.Random(0)
+    texts = [generator.randbytes(generator.randrange(4000)).hex() for _ in range(600)]
+    content = compress(json_lines(texts))
+    path = tmp_path / f"a.jsonl{ending}"
+    path.write_bytes(content)
+    whole = list(read_chunks(path, "text"))
+    assert CHUNK_BYTES - 8000 < len(whole[0].content) <= CHUNK_BYTES
+    middle = len(content) * 3 // 4
+    path.write_bytes(content[:middle] + (b"" if cut else b"\xff" * 2**18))
+    *chunks, last = read_chunks(path, "text")
+    assert chunks[0] == whole[0]
+    found = [piece for chunk in chunks for piece in parse_chunk(chunk, "text")]
+    sure = len(found) if cut else 400
+    assert [piece.text for piece in found[:sure] if isinstance(piece, Document)] == texts[:sure]
+    assert sum(map(len, texts[: len(found)])) > 0.75 * sum(map(len, texts)) - 2**17
+    assert last.rejection is not None
+    assert (last.rejection.reason, last.rejection.line) == ("damaged file", len(found) + 1)
 
 
 def test_a_failing_disk_is_no_damaged_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
