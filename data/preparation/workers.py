@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import pickle
 import queue
 import signal
 import threading
@@ -144,7 +145,7 @@ def _serve(connection: "Connection[Any, Any]", initialize: Callable[[], Callable
             function = function or initialize()
             result = function(task)
         except Exception as error:
-            result = _Failure(error)
+            result = _Failure(_portable(error))
         try:
             connection.send(result)
         except OSError:
@@ -156,6 +157,15 @@ class _Failure:
 
     def __init__(self, error: Exception) -> None:
         self.error = error
+
+
+def _portable(error: Exception) -> Exception:
+    """The error, or if it cannot travel to another process, one with its text."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return RuntimeError(f"{type(error).__name__}: {error}")
+    return error
 
 
 def _receive_tasks(connection: "Connection[Any, Any]", tasks: "queue.SimpleQueue[Any]") -> None:

@@ -1,5 +1,6 @@
 import functools
 import os
+import threading
 import time
 from collections.abc import Callable, Iterator
 
@@ -19,6 +20,24 @@ def squarer(slow: int) -> Callable[[int], int]:
         return task * task
 
     return square
+
+
+class _StubbornError(Exception):
+    """Takes more arguments than it passes on, so that it can be pickled but not read."""
+
+    def __init__(self, task: int, reason: str) -> None:
+        super().__init__(f"task {task}: {reason}")
+
+
+def failing() -> Callable[[int], int]:
+    def fail(task: int) -> int:
+        if task:
+            raise _StubbornError(task, "broken")
+        error = ValueError("a lock in it")
+        error.lock = threading.Lock()  # type: ignore[attr-defined]
+        raise error
+
+    return fail
 
 
 def sizes(task: bytes) -> tuple[int, bytes]:
@@ -48,6 +67,13 @@ def test_order_lookahead_and_errors() -> None:
         assert unordered[3] != 9
         with pytest.raises(ValueError, match="task -1 is negative"):
             list(pool.map([1, 2, -1, 3]))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("task", "message"), [(0, "ValueError: a lock in it"), (7, "_StubbornError: task 7: broken")])
+def test_an_error_that_cannot_be_pickled_keeps_its_text(task: int, message: str) -> None:
+    with WorkerPool(failing, 2) as pool, pytest.raises(RuntimeError, match=message):
+        list(pool.map([task]))
 
 
 @pytest.mark.slow
