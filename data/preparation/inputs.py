@@ -3,13 +3,17 @@
 import glob
 import hashlib
 import os
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from data.errors import DataError
 
+# Stands in each directory that was prepared.
+RECORD_NAME = "preparation.json"
 COMPRESSIONS = (".xz", ".gz", ".zst")
 FORMATS = (".txt", ".jsonl", ".parquet")
 # Files up to this size are hashed whole, of larger ones as many bytes in evenly spaced blocks.
@@ -27,51 +31,73 @@ class InputRecord(BaseModel):
     checksum: str = Field(..., description="SHA-256 of the content, of files above 16 MiB only of 16 blocks of 1 MiB.")
 
 
-def expand_inputs(patterns: Sequence[Path], option: str) -> tuple[Path, ...]:
+@dataclass(frozen=True)
+class FoundInputs:
+    """What a user means.
+
+    Attributes:
+        files: In the order of the patterns, those of one pattern sorted.
+        left_out: By ending, the number of files in directories that are of unknown kinds.
+    """
+
+    files: tuple[Path, ...]
+    left_out: Counter[str]
+
+
+def expand_inputs(patterns: Sequence[Path], option: str, output: Path) -> FoundInputs:
     """Finds the files that a user means.
 
     Args:
         patterns: Files, glob patterns (`**` goes through folders) and directories, which are searched for files of
             known kinds, hidden ones left out.
         option: Name of the option, for messages.
+        output: Directory to make; if it has been made, what is found in it does not count.
 
     Returns:
-        The files: in the order of the patterns, those of one pattern sorted.
+        The files.
 
     Raises:
         DataError: Nothing is found, or a file is of an unknown kind or cannot be read.
     """
+    made = output if (output / RECORD_NAME).is_file() else None
     files: list[Path] = []
+    left_out: Counter[str] = Counter()
     for pattern in patterns:
-        found = list(_expand(pattern))
+        found = list(_expand(pattern, made, left_out))
         if not found:
             endings = ", ".join(FORMATS)
             raise DataError(f"{option} {pattern} finds no file that ends in {endings} (or these with .xz, .gz, .zst)")
         files += found
     for path in files:
         check_input_path(path)
-    return tuple(files)
+    return FoundInputs(tuple(files), left_out)
 
 
-def _expand(pattern: Path) -> Iterator[Path]:
+def _expand(pattern: Path, output: Path | None, left_out: Counter[str]) -> Iterator[Path]:
     if pattern.is_dir():
-        yield from sorted(_files_within(pattern))
+        yield from sorted(_files_within(pattern, output, left_out))
     elif pattern.exists() or not glob.has_magic(str(pattern)):
         yield pattern
     else:
         for name in sorted(glob.glob(str(pattern), recursive=True)):
             path = Path(name)
-            if not path.is_dir():
+            if not path.is_dir() and not (output and path.resolve().is_relative_to(output.resolve())):
                 yield path
 
 
-def _files_within(directory: Path) -> Iterator[Path]:
+def _files_within(directory: Path, output: Path | None, left_out: Counter[str]) -> Iterator[Path]:
     for folder, folders, names in os.walk(directory, followlinks=True):
         folders[:] = [name for name in folders if not name.startswith(".")]
+        if output:
+            folders[:] = [name for name in folders if not Path(folder, name).samefile(output)]
         for name in names:
             path = Path(folder, name)
-            if not name.startswith(".") and _kind(path) in FORMATS:
+            if name.startswith("."):
+                continue
+            if _kind(path) in FORMATS:
                 yield path
+            else:
+                left_out[path.suffix or "no ending"] += 1
 
 
 def check_no_file_twice(paths: Iterable[Path]) -> None:
@@ -119,8 +145,8 @@ def check_input_path(path: Path) -> str:
 
 
 def _kind(path: Path) -> str:
-    suffixes = path.suffixes
-    return suffixes[-2] if len(suffixes) > 1 and suffixes[-1] in COMPRESSIONS else path.suffix
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    return suffixes[-2] if len(suffixes) > 1 and suffixes[-1] in COMPRESSIONS else path.suffix.lower()
 
 
 def identify(path: Path) -> InputRecord:
@@ -131,7 +157,14 @@ def identify(path: Path) -> InputRecord:
 
     Returns:
         Its identity.
+
+    Raises:
+        DataError: Its path is not UTF-8 and cannot stand in a record.
     """
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        raise DataError(f"input file {str(path)!a} has a name that is not UTF-8; rename it") from None
     size = path.stat().st_size
     digest = hashlib.sha256()
     with open(path, "rb") as file:

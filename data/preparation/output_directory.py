@@ -14,7 +14,8 @@ import pydantic
 from data.errors import DataError
 from data.files import fsync_path, write_atomically
 from data.manifest import read_manifest
-from data.preparation.requests import RECORD_NAME, Record, Request
+from data.preparation.inputs import RECORD_NAME
+from data.preparation.requests import Record, Request
 from data.shards import check_sizes
 
 RecordType = TypeVar("RecordType", bound=Record)

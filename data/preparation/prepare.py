@@ -1,6 +1,7 @@
 """Turns text files into a directory of shards: all of it or, under the final name, nothing."""
 
 import contextlib
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -82,9 +83,7 @@ def prepare(options: PreparationOptions) -> PreparationSummary:
     _check_options(options)
     output = resolve_output(options.output)
     try:
-        inputs = expand_inputs(options.inputs, "--input")
-        validation_inputs = expand_inputs(options.validation_inputs, "--validation-input")
-        check_no_file_twice(inputs + validation_inputs)
+        inputs, validation_inputs = _find_inputs(options, output)
         tokenizer = load_tokenizer(options.tokenizer)
         request = _request(options, inputs, validation_inputs, tokenizer)
         directory = OutputDirectory(output, request, PreparationRecord)
@@ -110,6 +109,17 @@ def _check_options(options: PreparationOptions) -> None:
         raise DataError("no input file was given; name at least one with --input")
     check_validation_options(options.validation_inputs, options.validation_fraction)
     check_at_least(options, {"workers": 1, "shard_tokens": 1, "min_tokens": 0, "shuffle_documents": 0})
+
+
+def _find_inputs(options: PreparationOptions, output: Path) -> tuple[tuple[Path, ...], tuple[Path, ...]]:
+    train = expand_inputs(options.inputs, "--input", output)
+    validation = expand_inputs(options.validation_inputs, "--validation-input", output)
+    check_no_file_twice(train.files + validation.files)
+    left_out = train.left_out + validation.left_out
+    if left_out and options.progress:
+        counted = ", ".join(f"{count:,} {ending}" for ending, count in sorted(left_out.items()))
+        print(f"left out files of unknown kinds: {counted}", file=sys.stderr)
+    return train.files, validation.files
 
 
 def _request(

@@ -9,8 +9,6 @@ from pydantic import BaseModel, ConfigDict, Field
 from data.errors import DataError
 from data.preparation.inputs import InputRecord
 
-RECORD_NAME = "preparation.json"
-
 
 class Request(BaseModel):
     """What the shards depend on, however they are made."""
