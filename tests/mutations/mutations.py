@@ -194,6 +194,13 @@ MUTATIONS = (
         "tests/data/streaming/test_remote_stream.py",
     ),
     Mutation(
+        "the cache takes every file in its folder for its own",
+        "data/streaming/shard_cache.py",
+        "not OWN_NAME.fullmatch(path.name) or",
+        "path.name == LOCK_NAME or",
+        "tests/data/streaming/test_shard_cache.py",
+    ),
+    Mutation(
         "a resumed preparation counts what was rejected behind the last document again",
         "data/preparation/split_writer.py",
         "        self._last = Position(file, rejection.line)\n",

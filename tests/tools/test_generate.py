@@ -1,10 +1,8 @@
 """tools/generate.py as a user runs it, on a small random model."""
 
-import runpy
 import subprocess
 import sys
 import warnings
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -15,40 +13,27 @@ from parallel.config import ModelConfig, ParallelConfig
 from parallel.stage import build_stage
 from parallel.topology import start_single_process
 from tests.inference.saved_model import save_model
+from tests.tools.outcomes import Outcome, Script
 from tests.train.small_run import VOCABULARY, prepare_small_corpus
 
 SCRIPT = Path(__file__).resolve().parents[2] / "tools" / "generate.py"
 PROMPT = "It was a"
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """How a run of the script ended."""
+class Generate:
+    """The script with a checkpoint, a prompt and a number of tokens."""
 
-    status: int
-    output: str
-    errors: list[str]
-
-
-class Script:
-    """The script, run in this process: importing torch anew takes seconds."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-        self._monkeypatch = monkeypatch
-        self._capsys = capsys
+    def __init__(self, script: Script) -> None:
+        self._script = script
 
     def __call__(self, checkpoint: Path, *options: str, prompt: str = PROMPT, tokens: int = 12) -> Outcome:
-        arguments = ["--checkpoint", str(checkpoint), "--prompt", prompt, "--max-new-tokens", str(tokens), *options]
-        self._monkeypatch.setattr(sys, "argv", [str(SCRIPT), *arguments])
-        with warnings.catch_warnings(action="default", category=UserWarning), pytest.raises(SystemExit) as ended:
-            runpy.run_path(str(SCRIPT), run_name="__main__")
-        captured = self._capsys.readouterr()
-        return Outcome(int(ended.value.code or 0), captured.out, captured.err.splitlines())
+        with warnings.catch_warnings(action="default", category=UserWarning):
+            return self._script("--checkpoint", checkpoint, "--prompt", prompt, "--max-new-tokens", tokens, *options)
 
 
 @pytest.fixture
-def generate(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Script:
-    return Script(monkeypatch, capsys)
+def generate(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Generate:
+    return Generate(Script(SCRIPT, monkeypatch, capsys))
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +61,7 @@ def run_folder(tmp_path_factory: pytest.TempPathFactory, shards: Path) -> Path:
     return folder
 
 
-def test_the_prompt_and_its_continuation(generate: Script, run_folder: Path) -> None:
+def test_the_prompt_and_its_continuation(generate: Generate, run_folder: Path) -> None:
     first = generate(run_folder)
     assert (first.status, first.errors) == (0, [])
     assert first.output.startswith(PROMPT)
@@ -89,20 +74,20 @@ def test_the_prompt_and_its_continuation(generate: Script, run_folder: Path) -> 
     assert drawn[0] == drawn[1] != drawn[2]
 
 
-def test_from_another_folder_as_a_process(generate: Script, run_folder: Path, tmp_path: Path) -> None:
+def test_from_another_folder_as_a_process(generate: Generate, run_folder: Path, tmp_path: Path) -> None:
     command = [sys.executable, SCRIPT, "--checkpoint", run_folder, "--prompt", PROMPT, "--max-new-tokens", "12"]
     result = subprocess.run(list(map(str, command)), cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert (result.returncode, result.stdout, result.stderr) == (0, generate(run_folder).output, "")
 
 
-def test_beyond_the_trained_length_one_line_warns(generate: Script, run_folder: Path) -> None:
+def test_beyond_the_trained_length_one_line_warns(generate: Generate, run_folder: Path) -> None:
     result = generate(run_folder, tokens=70)
     assert result.status == 0
     assert len(result.errors) == 1
     assert result.errors[0].startswith("warning: prompt and new tokens")
 
 
-def test_mistakes_are_one_line_and_status_2(generate: Script, run_folder: Path, tmp_path: Path, shards: Path) -> None:
+def test_mistakes_are_one_line_and_status_2(generate: Generate, run_folder: Path, tmp_path: Path, shards: Path) -> None:
     mistakes = {
         "missing is not a folder": generate(tmp_path / "missing"),
         "holds no checkpoint": generate(tmp_path),
@@ -120,7 +105,7 @@ def test_mistakes_are_one_line_and_status_2(generate: Script, run_folder: Path, 
 
 
 def test_without_the_training_data_a_tokenizer_must_be_given(
-    generate: Script, run_folder: Path, shards: Path, tmp_path: Path
+    generate: Generate, run_folder: Path, shards: Path, tmp_path: Path
 ) -> None:
     expected = generate(run_folder)
     moved = tmp_path / "moved"

@@ -1,42 +1,21 @@
 """tools/inspect_data.py as a user runs it, on a small corpus."""
 
-import runpy
 import shutil
-import sys
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 from data.manifest import read_manifest
+from tests.tools.outcomes import Outcome, Script
 from tests.train.small_run import prepare_small_corpus, small_run
 from train.config_file import config_text
 
 SCRIPT = Path(__file__).resolve().parents[2] / "tools" / "inspect_data.py"
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """How a run of the script ended."""
-
-    status: int
-    output: str
-    errors: list[str]
-
-
 @pytest.fixture
-def inspect(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
-    """The script, run in this process: importing torch anew takes seconds."""
-
-    def run_script(*arguments: object) -> Outcome:
-        monkeypatch.setattr(sys, "argv", [str(SCRIPT), *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            runpy.run_path(str(SCRIPT), run_name="__main__")
-        captured = capsys.readouterr()
-        return Outcome(int(ended.value.code or 0), captured.out, captured.err.splitlines())
-
-    return run_script
+def inspect(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Script:
+    return Script(SCRIPT, monkeypatch, capsys)
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +31,7 @@ def config(shards: Path, tmp_path: Path) -> Path:
     return path
 
 
-def test_what_a_corpus_holds(inspect: Callable[..., Outcome], shards: Path) -> None:
+def test_what_a_corpus_holds(inspect: Script, shards: Path) -> None:
     manifest = read_manifest(shards / "train")
     described = inspect("statistics", shards, "--sequence-length", 64, "--block-length", 2)
     assert (described.status, described.errors) == (0, [])
@@ -65,7 +44,7 @@ def test_what_a_corpus_holds(inspect: Callable[..., Outcome], shards: Path) -> N
     assert text.strip() == (shards.parent / "validation.txt").read_text().strip()
 
 
-def test_damage_is_status_1(inspect: Callable[..., Outcome], shards: Path, tmp_path: Path) -> None:
+def test_damage_is_status_1(inspect: Script, shards: Path, tmp_path: Path) -> None:
     assert inspect("verify", shards) == Outcome(0, "2 shards read, 0 damaged\n", [])
     same = inspect("compare", shards, shutil.copytree(shards, tmp_path / "copy"))
     assert (same.status, same.output.count("the same shards, made with the same tokenizer")) == (0, 2)
@@ -79,7 +58,7 @@ def test_damage_is_status_1(inspect: Callable[..., Outcome], shards: Path, tmp_p
     assert (other.status, f"validation: only in {shards}" in other.output) == (1, True)
 
 
-def test_overrides_stand_before_and_behind_options(inspect: Callable[..., Outcome], config: Path, shards: Path) -> None:
+def test_overrides_stand_before_and_behind_options(inspect: Script, config: Path, shards: Path) -> None:
     found = f"data.path={shards}"
     before = inspect("step", config, "train.steps=20", found, "--step", 15)
     assert (before.status, before.errors) == (0, [])
@@ -95,9 +74,7 @@ def test_overrides_stand_before_and_behind_options(inspect: Callable[..., Outcom
     assert len(one_rank.output.splitlines()) == 6
 
 
-def test_mistakes_are_one_line_and_status_2(
-    inspect: Callable[..., Outcome], config: Path, shards: Path, tmp_path: Path
-) -> None:
+def test_mistakes_are_one_line_and_status_2(inspect: Script, config: Path, shards: Path, tmp_path: Path) -> None:
     mistakes = {
         "--sequence-length 0 must be from 1": inspect("statistics", shards, "--sequence-length", 0),
         "--block-length -4 must be from 1": inspect("statistics", shards, "--block-length", -4),
@@ -119,7 +96,7 @@ def test_mistakes_are_one_line_and_status_2(
         assert expected in outcome.errors[0]
 
 
-def test_words_that_are_no_overrides_are_unknown(inspect: Callable[..., Outcome], config: Path, shards: Path) -> None:
+def test_words_that_are_no_overrides_are_unknown(inspect: Script, config: Path, shards: Path) -> None:
     for words in (
         ("step", config, "--step", 1, "word"),
         ("step", config, "--step", 1, "--steps=3"),

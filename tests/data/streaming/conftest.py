@@ -1,3 +1,4 @@
+import pwd
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,3 +13,15 @@ def server(tmp_path: Path) -> Iterator[FaultyServer]:
     folder.mkdir()
     with serving(folder) as running:
         yield running
+
+
+@pytest.fixture
+def no_home(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A user whom neither the environment nor the system knows."""
+
+    def unknown(user: int) -> None:
+        raise KeyError(user)
+
+    monkeypatch.setattr(pwd, "getpwuid", unknown)
+    for name in ("HOME", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)

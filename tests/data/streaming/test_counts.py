@@ -3,7 +3,6 @@
 import fcntl
 import json
 import os
-import pwd
 import signal
 import subprocess
 import sys
@@ -87,15 +86,8 @@ def test_a_table_belongs_to_one_packing(tmp_path: Path, monkeypatch: pytest.Monk
     assert len(set(keys)) == len(keys)
 
 
-def test_without_a_home_directory_the_table_is_made_all_the_same(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def unknown(user: int) -> None:
-        raise KeyError(user)
-
-    monkeypatch.setattr(pwd, "getpwuid", unknown)
-    for name in ("HOME", "XDG_CACHE_HOME"):
-        monkeypatch.delenv(name, raising=False)
+@pytest.mark.usefixtures("no_home")
+def test_without_a_home_directory_the_table_is_made_all_the_same(tmp_path: Path) -> None:
     write_synthetic_corpus(tmp_path / "corpus", shards=2, documents=200, tokens=90_000)
     samples = open_stream(tmp_path / "corpus").sample_ids(0, 9)
     (table,) = (tmp_path / "corpus" / "counts").glob("*.json")

@@ -1,6 +1,5 @@
 import functools
 import os
-import pwd
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -151,15 +150,10 @@ def test_locations_decide_how_a_corpus_is_opened(
             opened(location)
 
 
+@pytest.mark.usefixtures("no_home")
 def test_without_a_home_directory_the_cache_must_be_set(
-    server: FaultyServer, open_remote: Callable[..., RemoteFiles], monkeypatch: pytest.MonkeyPatch
+    server: FaultyServer, open_remote: Callable[..., RemoteFiles]
 ) -> None:
-    def unknown(user: int) -> None:
-        raise KeyError(user)
-
-    monkeypatch.setattr(pwd, "getpwuid", unknown)
-    for name in ("HOME", "XDG_CACHE_HOME"):
-        monkeypatch.delenv(name, raising=False)
     open_remote()
     with pytest.raises(DataError, match=r"^no home directory is known here, so data.cache.directory must be set"):
         RemoteFiles(server.url, CacheConfig())
