@@ -346,7 +346,9 @@ def test_changed_shards_under_a_run_are_refused(resumable: Path, tmp_path: Path)
     folder.mkdir()
     shutil.copy(Path(yaml.safe_load(resumable.read_text())["data"]["path"]).parent / "train.txt", folder)
     other = prepare_small_corpus(folder, start=30_000)
-    assert_one_clear_error(pretrain(resumable, f"data.path={other}"), "data differs from what the run was trained on", "tokenizer")
+    assert_one_clear_error(
+        pretrain(resumable, f"data.path={other}"), "data differs from what the run was trained on", "tokenizer"
+    )
 
 
 @pytest.fixture
