@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data.files import fsync_path
+from data.preparation.progress import Progress
 from data.preparation.workers import WorkerPool
 
 # Documents whose hashes one worker sorts at once, about 200 MB.
@@ -32,7 +33,11 @@ class HashFile:
 
 
 def find_kept(
-    files: Sequence[HashFile], kept_path: Path, workers: int, partition_documents: int = PARTITION_DOCUMENTS
+    files: Sequence[HashFile],
+    kept_path: Path,
+    workers: int,
+    partition_documents: int = PARTITION_DOCUMENTS,
+    shown: bool = True,
 ) -> None:
     """Writes, for each document of all shards laid end to end, whether it is the first with its text.
 
@@ -42,6 +47,7 @@ def find_kept(
         kept_path: The .npy of [documents] booleans to make; it appears when it is complete.
         workers: Number of processes, at least 1.
         partition_documents: About as many documents are compared at once.
+        shown: Whether to show progress.
     """
     total = sum(file.documents for file in files)
     partitions = max(-(-total // partition_documents), 1)
@@ -53,9 +59,10 @@ def find_kept(
         functools.partial(_finder, tuple(files)), min(workers, partitions)
     )
     edges = [(number << 64) // partitions for number in range(partitions + 1)]
-    with pool:
+    with pool, Progress("finding duplicates", "parts", partitions, shown=shown) as progress:
         for removed in pool.map(itertools.pairwise(edges), ordered=False):
             kept[removed] = False
+            progress.update(1)
     kept.flush()
     fsync_path(temporary)
     os.replace(temporary, kept_path)

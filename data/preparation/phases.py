@@ -112,7 +112,6 @@ def make_shards(job: Job) -> Made:
 
 def _tokenize(job: Job, directory: Path) -> Made:
     request = job.request
-    target = intermediate_tokens(request.shard_tokens) if job.has_second_phase else request.shard_tokens
     writers: dict[str, SplitWriter] = {}
     try:
         for split in request.splits:
@@ -120,7 +119,6 @@ def _tokenize(job: Job, directory: Path) -> Made:
                 directory / split,
                 job.progress_folder / f"tokenized-{split}",
                 lambda folder, index, split=split: _open_shard(job, split, folder, index),  # type: ignore[misc]
-                target,
                 fail_on_malformed=request.on_malformed == "fail",
             )
         tokenize(
@@ -148,14 +146,15 @@ def _tokenize(job: Job, directory: Path) -> Made:
 class _FinalWriter:
     """Writes documents as they come."""
 
-    def __init__(self, writer: ShardWriter) -> None:
+    def __init__(self, writer: ShardWriter, shard_tokens: int) -> None:
         self._writer = writer
+        self._shard_tokens = shard_tokens
         self.finish = writer.finish
         self.abandon = writer.abandon
 
     @property
-    def tokens(self) -> int:
-        return self._writer.tokens
+    def is_full(self) -> bool:
+        return self._writer.tokens >= self._shard_tokens
 
     def add(self, document: StoredDocument) -> None:
         self._writer.add(document.tokens)
@@ -165,8 +164,16 @@ def _open_shard(job: Job, split: str, directory: Path, index: int) -> DocumentWr
     vocab_size = job.tokenizer.vocab_size
     dtype = dtype_for(vocab_size)
     if not job.has_second_phase:
-        return _FinalWriter(ShardWriter(directory, index, dtype, vocab_size))
-    return IntermediateWriter(directory, index, dtype, vocab_size, job.request.shuffle_documents, SPLIT_NUMBERS[split])
+        return _FinalWriter(ShardWriter(directory, index, dtype, vocab_size), job.request.shard_tokens)
+    return IntermediateWriter(
+        directory,
+        index,
+        dtype,
+        vocab_size,
+        job.request.shuffle_documents,
+        SPLIT_NUMBERS[split],
+        intermediate_tokens(job.request.shard_tokens),
+    )
 
 
 def _join_rejected(parts: list[Path], target: Path) -> None:
@@ -198,7 +205,7 @@ def _rearrange(job: Job, tokenized: Mapping[str, _TokenizedSplit]) -> Made:
             for split in splits.values()
             for index, shard in enumerate(split.shards)
         ]
-        find_kept(hashes, kept_path, job.workers)
+        find_kept(hashes, kept_path, job.workers, shown=job.progress)
     return {name: _write_arranged(job, name, splits[name], tokenized[name]) for name in tokenized}
 
 

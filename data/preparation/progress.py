@@ -49,25 +49,26 @@ class Progress:
         """Leaves the bar as it is."""
         self._bar.close()
 
-    def update(self, amount: int, tokens: int) -> None:
+    def update(self, amount: int, tokens: int = 0) -> None:
         """Counts what was done.
 
         Args:
             amount: Units.
-            tokens: Tokens in them.
+            tokens: Tokens in them; where there are none, no rate is shown.
         """
         self._done += amount
         self._tokens += tokens
         now = time.monotonic()
-        rate = self._tokens / max(now - self._started, 1e-9)
-        self._bar.set_postfix_str(f"{rate:,.0f} tokens/s", refresh=False)
+        rate = f"{self._tokens / max(now - self._started, 1e-9):,.0f} tokens/s" if self._tokens else ""
+        self._bar.set_postfix_str(rate, refresh=False)
         self._bar.update(amount)
         if self._prints_lines and now - self._last_line >= SECONDS_BETWEEN_LINES:
             self._last_line = now
             print(self._line(now - self._started, rate), file=sys.stderr, flush=True)
 
-    def _line(self, seconds: float, rate: float) -> str:
+    def _line(self, seconds: float, rate: str) -> str:
         share = self._done / max(self._total, 1)
         new = self._done - self._done_before
         left = timedelta(seconds=round(seconds * (self._total - self._done) / new)) if new else "unknown time"
-        return f"{self._title}: {share:.1%} of {self._total:,} {self._unit}, {rate:,.0f} tokens/s, {left} left"
+        parts = [f"{self._title}: {share:.1%} of {self._total:,} {self._unit}", rate, f"{left} left"]
+        return ", ".join(part for part in parts if part)

@@ -38,8 +38,8 @@ class DocumentWriter(Protocol):
     """Writes one shard."""
 
     @property
-    def tokens(self) -> int:
-        """Number of tokens so far."""
+    def is_full(self) -> bool:
+        """Whether the shard ends with the last document."""
 
     def add(self, document: StoredDocument) -> None:
         """Appends a document."""
@@ -73,7 +73,6 @@ class SplitWriter:
         directory: Path,
         progress: Path,
         open_shard: Callable[[Path, int], DocumentWriter],
-        shard_tokens: int,
         fail_on_malformed: bool,
     ) -> None:
         """Opens the split.
@@ -82,7 +81,6 @@ class SplitWriter:
             directory: Where its shards go; made if absent.
             progress: Path, without ending, of the journal and of the list of rejected documents.
             open_shard: Opens the shard of a directory and a number.
-            shard_tokens: A shard ends with the document that reaches this number of tokens.
             fail_on_malformed: Whether malformed input is an error, instead of counted.
         """
         self.shards: list[ShardRecord] = []
@@ -91,7 +89,6 @@ class SplitWriter:
         self._directory = directory
         self._journal = Journal(progress.with_suffix(".jsonl"), _FinishedShard)
         self._open_shard = open_shard
-        self._shard_tokens = shard_tokens
         self._fail_on_malformed = fail_on_malformed
         self._writer: DocumentWriter | None = None
         self._last = self.position
@@ -159,7 +156,7 @@ class SplitWriter:
             self._writer = self._open_shard(self._directory, len(self.shards))
         self._writer.add(document)
         self._text_bytes += document.size
-        if self._writer.tokens >= self._shard_tokens:
+        if self._writer.is_full:
             self._finish_shard()
 
     def _finish_shard(self) -> None:

@@ -247,7 +247,7 @@ def test_other_options_delete_no_finished_shards(options: PreparationOptions, tm
     assert not prepare(dataclasses.replace(skipping, remove_duplicates=False)).already_prepared
 
 
-def interrupted(*arguments: object) -> None:
+def interrupted(*arguments: object, **named: object) -> None:
     raise KeyboardInterrupt
 
 

@@ -1,10 +1,14 @@
 import io
 import re
 import sys
+from pathlib import Path
 
+import numpy as np
 import pytest
 
 from data.preparation import progress
+from data.preparation.duplicates import HashFile, find_kept
+from data.preparation.intermediate import HASHES
 from data.preparation.progress import Progress
 
 
@@ -22,6 +26,18 @@ def test_lines_in_a_log(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
             now[0] += 20
             shown.update(500_000, 100_000)
     assert capsys.readouterr().err == "tokenizing: 50.0% of 4,000,000 B, 5,000 tokens/s, 0:01:20 left\n"
+
+
+def test_no_rate_where_no_tokens_are_counted(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """As in the search for duplicates."""
+    monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", 0.0)
+    np.save(tmp_path / "a.npy", np.zeros(3, HASHES))
+    find_kept([HashFile(tmp_path / "a.npy", 3)], tmp_path / "kept.npy", 1, partition_documents=2)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "finding duplicates: 50.0% of 2 parts, 0:00:00 left"
+    assert len(lines) == 2
 
 
 def test_a_bar_on_a_terminal_and_nothing_if_unwanted(monkeypatch: pytest.MonkeyPatch) -> None:

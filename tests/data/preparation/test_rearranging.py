@@ -15,8 +15,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from data.manifest import ShardRecord
 from data.preparation.duplicates import HashFile, find_kept
-from data.preparation.intermediate import HASHES, random_keys
+from data.preparation.intermediate import HASHES, IntermediateWriter, random_keys
 from data.preparation.prepare import PreparationOptions, prepare
 from data.preparation.records import PreparationSummary
 from tests.data.builders import intact_shards
@@ -128,6 +129,35 @@ def test_a_shuffle_mixes_the_whole_corpus(sentencepiece_file: Path, tmp_path: Pa
         assert abs(np.corrcoef(order[1:], order[:-1])[0, 1]) < 0.1
         assert np.mean(np.abs(np.diff(order)) == 1) < 0.01
     assert abs(np.corrcoef(*orders)[0, 1]) < 0.1
+
+
+def test_intermediate_shards_are_bounded_by_documents(
+    sentencepiece_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever their number, the result is complete; in the order of the input it is the same."""
+    documents = [f"document {number}" for number in range(50)]
+    made = {}
+    finished = 0
+    finish = IntermediateWriter.finish
+
+    def count_and_finish(writer: IntermediateWriter) -> ShardRecord:
+        nonlocal finished
+        finished += 1
+        return finish(writer)
+
+    monkeypatch.setattr(IntermediateWriter, "finish", count_and_finish)
+    for maximum, expected in ((1000, 2), (7, 9)):
+        monkeypatch.setattr("data.preparation.intermediate.MAXIMUM_DOCUMENTS", maximum)
+        for shuffle in (None, 1):
+            folder = tmp_path / f"{maximum}-{shuffle}"
+            folder.mkdir()
+            options = {"shuffle_documents": shuffle, "remove_duplicates": True, "shard_tokens": 10_000}
+            _, found, _ = prepare_texts(folder, sentencepiece_file, documents, ["a"], **options)
+            assert sorted(found) == sorted(documents)
+            assert finished == expected
+            finished = 0
+        made[maximum] = files(tmp_path / f"{maximum}-None" / "shards")
+    assert made[1000] == made[7]
 
 
 def test_shuffle_keys_never_change() -> None:
