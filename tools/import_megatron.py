@@ -39,7 +39,7 @@ def parse_arguments() -> tuple[ImportOptions, bool]:
     values = parser.parse_args()
     options = ImportOptions(
         inputs=tuple(values.input),
-        output=values.output.absolute(),
+        output=values.output,
         tokenizer=values.tokenizer,
         validation_inputs=tuple(values.validation_input),
         validation_fraction=values.validation_fraction,

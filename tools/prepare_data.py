@@ -37,8 +37,7 @@ def parse_arguments() -> PreparationOptions:
     add("--shard-tokens", type=int, default=DEFAULT_SHARD_TOKENS, metavar="N", help="tokens per shard, at least")
     values = vars(parser.parse_args())
     inputs, validation_inputs = values.pop("input"), values.pop("validation_input")
-    output = values.pop("output").absolute()
-    return PreparationOptions(inputs=tuple(inputs), validation_inputs=tuple(validation_inputs), output=output, **values)
+    return PreparationOptions(inputs=tuple(inputs), validation_inputs=tuple(validation_inputs), **values)
 
 
 def main() -> None:
