@@ -8,6 +8,7 @@ if Path(sys.path[0]).resolve() == Path(__file__).resolve().parent:
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 import argparse
+import functools
 import io
 import json
 import resource
@@ -70,17 +71,27 @@ def open_stream(shards: Path, padding: bool = True) -> SequenceStream:
     return SequenceStream(config, "train", block_length=BLOCK, sequence_length=SEQUENCE)
 
 
-def webdataset_batches(shards: Path) -> Iterator[Batch]:
-    """The same shards through webdataset: documents with an end of text, packed without padding, never ending."""
+def webdataset_batches(shards: Path, buffer: int = 0) -> Iterator[Batch]:
+    """The same shards through webdataset: documents with an end of text, packed without padding, never ending.
+
+    Args:
+        shards: A prepared directory.
+        buffer: Sequences that webdataset's shuffle draws from; 0: sequences come as they lie in the shards.
+    """
     import webdataset
 
     manifest = read_manifest(shards / "train")
     files = [str(shards / "train" / record.file) for record in manifest.shards]
     pipeline = webdataset.WebDataset(files, shardshuffle=100 if len(files) > 1 else False, seed=0).repeat()
-    packed = _packed(pipeline.decode(_decode_npy), manifest.eos_id)
-    while True:
-        ids = torch.from_numpy(np.stack([next(packed) for _ in range(BATCH)]))
+    pipeline = pipeline.decode(_decode_npy).compose(functools.partial(_packed, eos_id=manifest.eos_id))
+    if buffer:
+        pipeline = pipeline.shuffle(buffer)
+    for ids in pipeline.batched(BATCH, collation_fn=_collate):
         yield ids, torch.ones_like(ids, dtype=torch.bool)
+
+
+def _collate(sequences: list[np.ndarray]) -> Tensor:
+    return torch.from_numpy(np.stack(sequences))
 
 
 def _decode_npy(name: str, content: bytes) -> Any:
@@ -92,7 +103,7 @@ def _packed(samples: Iterable[dict[str, Any]], eos_id: int) -> Iterator[np.ndarr
     rest = np.empty(0, dtype=np.int64)
     for sample in samples:
         tokens, lengths = sample[TOKENS_MEMBER], sample[LENGTHS_MEMBER]
-        packed = np.insert(tokens.astype(np.int64), np.cumsum(lengths), eos_id)
+        packed = np.insert(tokens.astype(np.int64), np.cumsum(lengths, dtype=np.int64), eos_id)
         rest = np.concatenate((rest, packed))
         whole = len(rest) // SEQUENCE * SEQUENCE
         yield from rest[:whole].reshape(-1, SEQUENCE)
@@ -114,6 +125,7 @@ def compare_throughput(arguments: argparse.Namespace) -> dict[str, Any]:
         "stream, padded blocks": lambda: stream_batches(arguments.shards, True),
         "stream, no padding": lambda: stream_batches(arguments.shards, False),
         "webdataset, no padding": lambda: webdataset_batches(arguments.shards),
+        "webdataset, no padding, 1,000 shuffled": lambda: webdataset_batches(arguments.shards, 1000),
     }
     found: dict[str, list[float]] = {kind: [] for kind in kinds}
     for _ in range(arguments.rounds):

@@ -83,7 +83,7 @@ class ShardReader:
             DataError: The file ends too early or cannot be read.
         """
         tokens = np.empty(stop - start, dtype=self._dtype)
-        sample = int(np.searchsorted(self._ends, start, side="right"))
+        sample = int(self._ends.searchsorted(start, side="right"))
         position = start
         while position < stop:
             sample_end = int(self._ends[sample])

@@ -42,10 +42,12 @@ class CorpusFiles(ABC):
 
     Attributes:
         location: Where the corpus lies, as configured; for messages.
+        fetches: Whether files lie elsewhere and are fetched before they are read.
         table_folder: Where tables about the corpus may be kept beside it; None if it cannot be written.
     """
 
     location: str
+    fetches: bool
     table_folder: Path | None
 
     @abstractmethod
@@ -97,6 +99,7 @@ class LocalFiles(CorpusFiles):
         if not root.is_dir():
             raise DataError(f"data.path {root} does not exist; make it with tools/prepare_data.py --output")
         self.location = str(root)
+        self.fetches = False
         self.table_folder = root / "counts"
         self._root = root
 

@@ -126,4 +126,4 @@ class SequenceOrder:
 
 def _interval(starts: NDArray[np.int64], place: int) -> int:
     """Which of the intervals that begin at `starts` holds a place; empty ones hold none."""
-    return int(np.searchsorted(starts, place, side="right")) - 1
+    return int(starts.searchsorted(place, side="right")) - 1

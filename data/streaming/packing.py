@@ -6,6 +6,7 @@ from a real end of text only by the mask.
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,23 +29,32 @@ class PackingSettings:
     seed: int
 
 
-@dataclass(frozen=True)
-class PackedSlice:
+class PackedRun(NamedTuple):
+    """What a piece of the packed stream holds of one document.
+
+    Attributes:
+        start: Slot of the first token.
+        tokens: Number of tokens.
+        stop: One past the last real slot: the end of text, if the piece holds it, or the last token.
+    """
+
+    start: int
+    tokens: int
+    stop: int
+
+
+class PackedSlice(NamedTuple):
     """Where the tokens of a piece of the packed stream come from.
 
     Attributes:
         token_start: First token of the shard that the piece holds.
         token_stop: One past the last.
-        token_slots: [token_stop - token_start] slot of the piece each of them goes to.
-        eos_slots: Slots that hold a real end of text.
-        length: Number of slots; those named by neither list are pads.
+        runs: Where these tokens go, in order; slots outside all runs are pads.
     """
 
     token_start: int
     token_stop: int
-    token_slots: NDArray[np.int64]
-    eos_slots: NDArray[np.int64]
-    length: int
+    runs: list[PackedRun]
 
 
 def draw_left_pads(documents: int, settings: PackingSettings, shard_sha256: str) -> NDArray[np.int64]:
@@ -105,19 +115,19 @@ class ShardPacking:
             The tokens to read and where they go, relative to `start`.
         """
         # Documents whose last real slot is not before the piece and whose first is not behind it.
-        first = int(np.searchsorted(self._eos_slots, start, side="left"))
-        last = int(np.searchsorted(self._first_slots, stop, side="left"))
-        first_slots = self._first_slots[first:last]
-        eos_slots = self._eos_slots[first:last]
-        begins = np.maximum(first_slots, start)
-        counts = np.maximum(np.minimum(eos_slots, stop) - begins, 0)
-        total = int(counts.sum())
-        token_start = int(self._first_tokens[first] + begins[0] - first_slots[0]) if total else 0
-        # The tokens read are contiguous; each run of them moves to where its document lies.
-        shifts = begins - start - (np.cumsum(counts) - counts)
-        token_slots = np.arange(total, dtype=np.int64) + np.repeat(shifts, counts)
-        eos_in_piece = eos_slots[eos_slots < stop] - start
-        return PackedSlice(token_start, token_start + total, token_slots, eos_in_piece, stop - start)
+        first = int(self._eos_slots.searchsorted(start, side="left"))
+        last = int(self._first_slots.searchsorted(stop, side="left"))
+        runs, total = [], 0
+        slots = zip(self._first_slots[first:last].tolist(), self._eos_slots[first:last].tolist(), strict=True)
+        for first_slot, eos_slot in slots:
+            begin = max(first_slot, start)
+            count = min(eos_slot, stop) - begin
+            runs.append(PackedRun(begin - start, count, min(eos_slot + 1, stop) - start))
+            total += count
+        token_start = 0
+        if total:
+            token_start = int(self._first_tokens[first] + runs[0].start + start - self._first_slots[first])
+        return PackedSlice(token_start, token_start + total, runs)
 
     def documents(self, start: int, stop: int) -> NDArray[np.int64]:
         """Finds whose slots the slots [start, stop) of the stream are; pads belong to the document they pad.
@@ -129,7 +139,7 @@ class ShardPacking:
         Returns:
             [stop - start] number of the document in the shard.
         """
-        first = int(np.searchsorted(self._ends, start, side="right"))
-        last = int(np.searchsorted(self._ends, stop, side="left"))
+        first = int(self._ends.searchsorted(start, side="right"))
+        last = int(self._ends.searchsorted(stop, side="left"))
         ends = np.minimum(self._ends[first : last + 1], stop)
         return np.repeat(np.arange(first, last + 1), np.diff(ends, prepend=start))

@@ -39,6 +39,7 @@ class RemoteFiles(CorpusFiles):
             first_wait_seconds=first_wait_seconds,
         )
         self.location = self._fetcher.shown
+        self.fetches = True
         self._attempts = config.attempts
         folder = _cache_folder(config)
         self._cache = ShardCache(folder / "shards", config.gibibytes)

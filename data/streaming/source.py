@@ -46,7 +46,7 @@ class SequenceRow(NamedTuple):
 
     token_ids: NDArray[np.int64]
     mask: NDArray[np.bool_]
-    documents: NDArray[np.int64]
+    documents: NDArray[np.int64] | None
 
 
 class Source:
@@ -189,13 +189,18 @@ class Source:
                 f"shard {self.manifest.shards[place.shard].file} of {self.files.location} holds the token id "
                 f"{int(tokens.max())}, its vocabulary has {self.manifest.vocab_size}; prepare the data again"
             )
-        row.token_ids[piece.token_slots] = tokens
-        row.mask[piece.token_slots] = True
-        row.mask[piece.eos_slots] = True
-        row.documents[:] = self.documents(place)
+        position = 0
+        for run in piece.runs:
+            row.token_ids[run.start : run.start + run.tokens] = tokens[position : position + run.tokens]
+            row.mask[run.start : run.stop] = True
+            position += run.tokens
+        if row.documents is not None:
+            row.documents[:] = self.documents(place)
 
     def prefetch(self, position: int) -> None:
         """Asks for the shards that are read from a position on, if they lie elsewhere; returns at once."""
+        if not self.files.fetches:
+            return
         window = self.order.window(position)
         if window == self._prefetched:
             return

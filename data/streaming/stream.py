@@ -199,12 +199,14 @@ class SequenceStream:
         shape = (count, self.sequence_length)
         token_ids = np.full(shape, self.eos_id, dtype=np.int64)
         mask = np.zeros(shape, dtype=np.bool_)
-        documents = np.zeros(shape, dtype=np.int64)
+        documents = np.zeros(shape, dtype=np.int64) if self._isolates else None
         for row in range(count):
             index, place = self._mixture.locate(position + row)
             self.sources[index].prefetch(place)
-            self.sources[index].read_into(place, SequenceRow(token_ids[row], mask[row], documents[row]))
-        return PackedSequences(token_ids, mask, documents if self._isolates else None)
+            self.sources[index].read_into(
+                place, SequenceRow(token_ids[row], mask[row], None if documents is None else documents[row])
+            )
+        return PackedSequences(token_ids, mask, documents)
 
     def sample_ids(self, position: int, count: int) -> list[SampleId]:
         """Names sequences [position, position + count) without reading them.

@@ -36,12 +36,15 @@ def pack(lengths: list[int], settings: PackingSettings, start: int = 0, stop: in
     stop = packing.packed_length if stop is None else stop
     piece = packing.locate(start, stop)
     tokens = np.concatenate(numbered_documents(lengths))[piece.token_start : piece.token_stop]
-    slots: list[int | None] = [PAD] * piece.length
-    for slot, token in zip(piece.token_slots, tokens, strict=True):
-        slots[slot] = int(token)
-    for slot in piece.eos_slots:
-        assert slots[slot] is PAD
-        slots[slot] = EOS_ID
+    slots: list[int | None] = [PAD] * (stop - start)
+    unread = tokens.tolist()
+    for run in piece.runs:
+        assert slots[run.start : run.stop] == [PAD] * (run.stop - run.start)
+        assert run.stop - run.start - run.tokens in (0, 1)
+        end_of_text = [EOS_ID] * (run.stop - run.start - run.tokens)
+        slots[run.start : run.stop] = unread[: run.tokens] + end_of_text
+        del unread[: run.tokens]
+    assert not unread
     return slots
 
 
