@@ -92,7 +92,7 @@ class Generator:
         engine = self._engine()
         sampler = Sampler(sampling, len(prompts))
         logits = engine.process_prompts(
-            pad_prompts(prompts, self.stage.model_config.unit_length, self.pad_id, compute_device())
+            pad_prompts(prompts, self.stage.model_config.unit_length, self.pad_id, compute_device()), max_new_tokens
         )
         running = set(range(len(prompts)))
         for count in range(1, max_new_tokens + 1):

@@ -1,0 +1,160 @@
+"""The transformer layer of parallel/decoder_layer.py for a few new positions behind many cached ones.
+
+B sequences (for a token decoder, one block of each), T new positions, D width.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from inference.dense import dense_of
+from inference.kv_cache import KeyValueCache
+from parallel.attention import CrossAttention, SelfAttention, rotary_tables
+from parallel.decoder_layer import CrossAttentionLayer, DecoderLayer
+from parallel.feed_forward import FeedForward
+
+
+class CachedSelfAttention:
+    """Self-attention of new positions to all positions so far."""
+
+    def __init__(self, attention: SelfAttention, index: int) -> None:
+        self._index = index
+        self._groups, self._queries = attention.local.groups, attention.local.queries
+        self._head_size = attention.stack.head_size
+        self._rotary_size, self._rotary_base = attention.rotary_size, attention.rotary_base
+        self._fused = dense_of(attention.query_key_value)
+        self._dense = dense_of(attention.dense, sums_parts=True)
+        self._query_norm, self._key_norm = attention.query_norm, attention.key_norm
+
+    def __call__(self, hidden: Tensor, cache: KeyValueCache, mask: Tensor | None) -> Tensor:
+        """Attends.
+
+        Args:
+            hidden: [B, T, D].
+            cache: receives the new positions.
+            mask: bool, broadcast to [B, heads, T, all positions]; None: causal.
+        """
+        rows, new, width = hidden.shape
+        fused = self._fused(hidden.view(rows * new, width))
+        heads = fused.view(rows, new, self._groups, self._queries + 2, self._head_size).permute(0, 2, 3, 1, 4)
+        query, key, value = heads[:, :, :-2].flatten(1, 2), heads[:, :, -2], heads[:, :, -1]
+        if self._query_norm is not None and self._key_norm is not None:
+            query, key = self._query_norm(query), self._key_norm(key)
+        if self._rotary_size:
+            query, key = self._rotate(query, cache), self._rotate(key, cache)
+        keys, values = cache.append(self._index, key, value)
+        # One new position sees all; several at the very beginning see what is before them.
+        causal = mask is None and new > 1
+        context = F.scaled_dot_product_attention(
+            query, keys, values, attn_mask=mask, is_causal=causal, enable_gqa=self._queries > 1
+        )
+        return self._dense(context.transpose(1, 2).reshape(rows * new, -1)).view(rows, new, -1)
+
+    def _rotate(self, states: Tensor, cache: KeyValueCache) -> Tensor:
+        """Rotates [B, heads, T, head size] by the positions that come next."""
+        tables = rotary_tables(cache.capacity, self._rotary_size, self._rotary_base, states.device, states.dtype)
+        here = slice(cache.length, cache.length + states.shape[2])
+        cos, sin = tables[0][here], tables[1][here]
+        rotated, passed = states[..., : self._rotary_size], states[..., self._rotary_size :]
+        first, second = rotated.chunk(2, dim=-1)
+        turned = torch.cat((-second, first), dim=-1)
+        return torch.cat((rotated * cos + turned * sin, passed), dim=-1)
+
+
+class CachedCrossAttention:
+    """Attention of new positions to the context vectors of their block, whose keys and values are made once per block."""
+
+    def __init__(self, attention: CrossAttention) -> None:
+        self._groups, self._queries = attention.local.groups, attention.local.queries
+        self._head_size = attention.stack.head_size
+        self._query = dense_of(attention.query)
+        self._key_value = dense_of(attention.key_value)
+        self._dense = dense_of(attention.dense, sums_parts=True)
+        self._keys: Tensor
+        self._values: Tensor
+
+    def start_block(self, context: Tensor) -> None:
+        """Takes the context vectors [B, K, D] of the next block."""
+        rows, count, width = context.shape
+        fused = self._key_value(context.reshape(rows * count, width))
+        heads = fused.view(rows, count, self._groups, 2, self._head_size).permute(3, 0, 2, 1, 4)
+        self._keys, self._values = heads[0], heads[1]
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        """Attends from [B, T, D]."""
+        rows, new, width = hidden.shape
+        query = self._query(hidden.reshape(rows * new, width)).view(rows, new, -1, self._head_size).transpose(1, 2)
+        context = F.scaled_dot_product_attention(query, self._keys, self._values, enable_gqa=self._queries > 1)
+        return self._dense(context.transpose(1, 2).reshape(rows * new, -1)).view(rows, new, -1)
+
+
+class CachedFeedForward:
+    """The feed-forward part, on rows."""
+
+    def __init__(self, module: FeedForward) -> None:
+        self._gate = None if module.gate is None else dense_of(module.gate)
+        self._expand = dense_of(module.expand)
+        self._contract = dense_of(module.contract, sums_parts=True)
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        """Maps [B, T, D] to the same."""
+        rows = hidden.reshape(-1, hidden.shape[-1])
+        inner = self._expand(rows)
+        inner = F.gelu(inner) if self._gate is None else F.silu(self._gate(rows)).mul_(inner)
+        return self._contract(inner).view(hidden.shape)
+
+
+class CachedLayer:
+    """One layer; see parallel.decoder_layer for what it computes."""
+
+    def __init__(self, layer: DecoderLayer, index: int) -> None:
+        self._is_parallel = layer.is_parallel
+        self._attention_norm, self._feed_forward_norm = layer.attention_norm, layer.feed_forward_norm
+        self._attention = CachedSelfAttention(layer.attention, index)
+        self._feed_forward = CachedFeedForward(layer.feed_forward)
+        self._cross_attention: CachedCrossAttention | None = None
+        if isinstance(layer, CrossAttentionLayer):
+            self._cross_attention_norm = layer.cross_attention_norm
+            self._cross_attention = CachedCrossAttention(layer.cross_attention)
+
+    def start_block(self, context: Tensor) -> None:
+        """Takes the context vectors [B, K, D] of the next block, if the layer reads any."""
+        if self._cross_attention is not None:
+            self._cross_attention.start_block(context)
+
+    def __call__(self, hidden: Tensor, cache: KeyValueCache, mask: Tensor | None) -> Tensor:
+        """Maps new positions [B, T, D] to the same."""
+        attended = hidden + self._attention(self._attention_norm(hidden), cache, mask)
+        if self._cross_attention is not None:
+            source = hidden if self._is_parallel else attended
+            attended = attended + self._cross_attention(self._cross_attention_norm(source))
+        source = hidden if self._is_parallel else attended
+        return attended.add_(self._feed_forward(self._feed_forward_norm(source)))
+
+
+class CachedStack:
+    """The layers of one decoder and their cache."""
+
+    def __init__(self, layers: list[DecoderLayer]) -> None:
+        self._layers = [CachedLayer(layer, index) for index, layer in enumerate(layers)]
+        attention = layers[0].attention
+        self._shape = (len(layers), attention.local.groups, attention.stack.head_size)
+        self._dtype = layers[0].attention_norm.weight.dtype  # type: ignore[union-attr]
+        self._device = layers[0].attention_norm.weight.device  # type: ignore[union-attr]
+        self.cache: KeyValueCache
+
+    def start(self, num_sequences: int, capacity: int) -> None:
+        """Takes memory for so many sequences and positions."""
+        self.cache = KeyValueCache(*self._shape, num_sequences, capacity, self._dtype, self._device)
+
+    def start_block(self, context: Tensor) -> None:
+        """Takes the context vectors [B, K, D] of the next block."""
+        for layer in self._layers:
+            layer.start_block(context)
+
+    def __call__(self, hidden: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Runs new positions [B, T, D] through all layers, and remembers them."""
+        for layer in self._layers:
+            hidden = layer(hidden, self.cache, mask)
+        self.cache.advance(hidden.shape[1])
+        return hidden

@@ -1,0 +1,63 @@
+"""Keys and values of past positions, in memory taken once."""
+
+import torch
+from torch import Tensor
+
+from parallel.component_config import DecoderConfig
+
+
+class KeyValueCache:
+    """Keys and values of one stack of layers: 2 x layers x key and value heads x head size x capacity per sequence.
+
+    That is 2 n D T values for a vanilla model, 2 n D T / L for a block decoder, 2 n D (P + L - 1) for a token decoder
+    (paper section 2.4).
+
+    Attributes:
+        length: positions held so far.
+        capacity: positions there is room for.
+    """
+
+    def __init__(
+        self,
+        num_layers: int,
+        groups: int,
+        head_size: int,
+        num_sequences: int,
+        capacity: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        shape = (num_layers, num_sequences, groups, capacity, head_size)
+        self.length = 0
+        self.capacity = capacity
+        self._keys = torch.empty(shape, dtype=dtype, device=device)
+        self._values = torch.empty(shape, dtype=dtype, device=device)
+
+    def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Stores new positions of a layer behind those that all layers hold.
+
+        Args:
+            layer: number of the layer.
+            keys: [B, groups, new positions, head size].
+            values: the same.
+
+        Returns:
+            Keys and values of all positions, [B, groups, length + new positions, head size].
+        """
+        end = self.length + keys.shape[2]
+        self._keys[layer, :, :, self.length : end] = keys
+        self._values[layer, :, :, self.length : end] = values
+        return self._keys[layer, :, :, :end], self._values[layer, :, :, :end]
+
+    def advance(self, positions: int) -> None:
+        """Counts positions that all layers have stored."""
+        self.length += positions
+
+    def reset(self) -> None:
+        """Forgets all positions; the memory stays."""
+        self.length = 0
+
+    @property
+    def bytes(self) -> int:
+        """Memory taken."""
+        return 2 * self._keys.nbytes
