@@ -62,7 +62,7 @@ class CachedSelfAttention:
 
 
 class CachedCrossAttention:
-    """Attention of new positions to the context vectors of their block, whose keys and values are made once per block."""
+    """Attention of new positions to the context vectors of their block, whose keys and values are made once."""
 
     def __init__(self, attention: CrossAttention) -> None:
         self._groups, self._queries = attention.local.groups, attention.local.queries

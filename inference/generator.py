@@ -1,7 +1,7 @@
 """Generates token sequences from prompts."""
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -9,6 +9,7 @@ from inference.engine import BlockEngine, Engine, VanillaEngine
 from inference.errors import InferenceError
 from inference.prompts import check_prompts, pad_prompts
 from inference.sampling import Sampler, SamplingConfig
+from inference.sequences import RunningSequence, start_sequences
 from parallel.cpu_adaptation import compute_device
 from parallel.stage import Stage
 from parallel.structure import piece_names
@@ -47,21 +48,25 @@ class Generator:
                     "use the tokenizer the model was trained with"
                 )
         self._warned = False
+        self._engine: Engine = BlockEngine(stage) if config.is_block else VanillaEngine(stage)
 
     def generate(
         self,
         prompts: Sequence[Sequence[int]],
         max_new_tokens: int,
-        sampling: SamplingConfig | None = None,
+        sampling: SamplingConfig | Sequence[SamplingConfig] | None = None,
         eos_id: int | None = None,
+        on_token: Callable[[int, int], object] | None = None,
     ) -> list[list[int]]:
         """Continues each prompt; what a sequence becomes does not depend on its neighbours.
 
         Args:
             prompts: token ids, at least one per prompt, of any lengths.
             max_new_tokens: tokens to generate per prompt.
-            sampling: how tokens are chosen; greedy by default.
+            sampling: how tokens are chosen; greedy by default. One for all: each prompt draws other numbers, by its
+                place among them. Or one for each prompt: then its seed alone decides.
             eos_id: a sequence ends with this token; None: none ends early.
+            on_token: called with the number of the prompt and each token as soon as it is known.
 
         Returns:
             The new tokens of each prompt: exactly max_new_tokens, or fewer and eos_id as the last.
@@ -72,41 +77,27 @@ class Generator:
         if max_new_tokens < 0:
             raise InferenceError(f"max_new_tokens={max_new_tokens} is negative; use 0 or more")
         check_prompts(prompts, self.stage.model_config.vocab_size)
-        results: list[list[int]] = [[] for _ in prompts]
-        if not prompts or max_new_tokens == 0:
-            return results
-        self._warn_if_long(max(len(prompt) for prompt in prompts) + max_new_tokens)
-        # Not inference_mode: the rotary tables made here are cached, and training could not use them.
-        with torch.no_grad():
-            self._fill(results, prompts, max_new_tokens, sampling or SamplingConfig(), eos_id)
-        return results
+        sequences = start_sequences(prompts, max_new_tokens, sampling or SamplingConfig(), eos_id, on_token)
+        if sequences and max_new_tokens:
+            self._warn_if_long(max(len(prompt) for prompt in prompts) + max_new_tokens)
+            # Not inference_mode: the rotary tables made here are cached, and training could not use them.
+            with torch.no_grad():
+                self._continue(sequences, max_new_tokens)
+        return [sequence.tokens for sequence in sequences]
 
-    def _fill(
-        self,
-        results: list[list[int]],
-        prompts: Sequence[Sequence[int]],
-        max_new_tokens: int,
-        sampling: SamplingConfig,
-        eos_id: int | None,
-    ) -> None:
-        engine = self._engine()
-        sampler = Sampler(sampling, len(prompts))
-        logits = engine.process_prompts(
-            pad_prompts(prompts, self.stage.model_config.unit_length, self.pad_id, compute_device()), max_new_tokens
-        )
-        running = set(range(len(prompts)))
-        for count in range(1, max_new_tokens + 1):
+    def _continue(self, sequences: list[RunningSequence], max_new_tokens: int) -> None:
+        """Runs a batch until every sequence has ended; sequence i has slot i of the engine."""
+        sampler = Sampler([one.sampling for one in sequences], [one.numbers for one in sequences])
+        prompts = [one.prompt for one in sequences]
+        batch = pad_prompts(prompts, self.stage.model_config.unit_length, self.pad_id, compute_device())
+        logits = self._engine.process_prompts(batch, max_new_tokens)
+        while True:
             tokens = sampler.choose(logits[:, : self.vocab_size])
-            chosen = tokens.tolist()
-            for row in running:
-                results[row].append(chosen[row])
-            running = {row for row in running if chosen[row] != eos_id}
-            if not running or count == max_new_tokens:
+            for sequence, token in zip(sequences, tokens.tolist(), strict=True):
+                sequence.add(token)
+            if all(sequence.ended for sequence in sequences):
                 return
-            logits = engine.append(tokens)
-
-    def _engine(self) -> Engine:
-        return BlockEngine(self.stage) if self.stage.model_config.is_block else VanillaEngine(self.stage)
+            logits = self._engine.append(tokens)
 
     def _warn_if_long(self, length: int) -> None:
         trained = self.stage.model_config.sequence_length

@@ -3,8 +3,6 @@
 import torch
 from torch import Tensor
 
-from parallel.component_config import DecoderConfig
-
 
 class KeyValueCache:
     """Keys and values of one stack of layers: 2 x layers x key and value heads x head size x capacity per sequence.

@@ -1,6 +1,7 @@
-"""Chooses the next token of each sequence from logits: greedy, temperature, nucleus."""
+"""Chooses the next token of each sequence from logits: greedy, temperature, top-k, nucleus."""
 
 import hashlib
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ class SamplingConfig(BaseModel):
     top_p: float = Field(
         default=1.0, gt=0.0, le=1.0, description="Draw from the smallest set of tokens that has this probability."
     )
+    top_k: int | None = Field(default=None, ge=1, description="Draw from this many most likely tokens at most.")
     seed: int = Field(default=0, ge=0, lt=2**63, description="Seed of the draws.")
 
 
@@ -42,16 +44,33 @@ def sampling_config(**values: Any) -> SamplingConfig:
         raise InferenceError("; ".join(problems)) from None
 
 
-class Sampler:
-    """Draws the tokens of one batch.
+class RandomNumbers:
+    """The random numbers of one sequence: a function of a seed and a place, whatever the neighbours draw.
 
-    Each sequence has its own random numbers, a function of the seed and its place in the batch, so that its tokens do
-    not depend on how many neighbours it has. They are drawn on the CPU, alike on every device and rank.
+    They are drawn on the CPU, alike on every device and rank.
     """
 
-    def __init__(self, config: SamplingConfig, num_sequences: int) -> None:
-        self.config = config
-        self._generators = [_generator(config.seed, row) for row in range(num_sequences)]
+    def __init__(self, seed: int, place: int = 0) -> None:
+        digest = hashlib.sha256(f"{seed}:{place}".encode()).digest()
+        self._generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
+    def draw(self) -> float:
+        """The next number, uniform in [0, 1)."""
+        return float(torch.rand((), generator=self._generator, dtype=torch.float64))
+
+
+class Sampler:
+    """Chooses the tokens of one batch, each sequence by its own settings and random numbers.
+
+    Args:
+        configs: settings of each sequence.
+        numbers: its random numbers.
+    """
+
+    def __init__(self, configs: Sequence[SamplingConfig], numbers: Sequence[RandomNumbers]) -> None:
+        self._configs = configs
+        self._numbers = numbers
+        self._drawn = [row for row, config in enumerate(configs) if config.temperature > 0.0]
 
     def choose(self, logits: Tensor) -> Tensor:
         """Chooses one token per row of logits [B, V]; returns int64 [B].
@@ -59,44 +78,60 @@ class Sampler:
         Raises:
             InferenceError: a logit is not a number.
         """
-        if not bool(torch.isfinite(logits).all()):
+        # The largest value is not finite if any is NaN or infinite; -inf alone rules a token out.
+        highest, tokens = logits.max(dim=-1)
+        if not bool(torch.isfinite(highest).all()):
             raise InferenceError("the model gives logits that are not finite; its weights are damaged or diverged")
-        if self.config.temperature == 0.0:
-            return logits.argmax(dim=-1)
-        probabilities, ids = nucleus(logits, self.config.temperature, self.config.top_p)
-        uniform = torch.stack([torch.rand((), generator=one, dtype=torch.float64) for one in self._generators])
-        return _draw(probabilities, ids, uniform.to(logits.device))
+        if not self._drawn:
+            return tokens
+        for settings, rows in self._groups().items():
+            uniform = torch.tensor([self._numbers[row].draw() for row in rows], dtype=torch.float64)
+            tokens[rows] = _draw(*candidates(logits[rows], *settings), uniform.to(logits.device))
+        return tokens
+
+    def _groups(self) -> dict[tuple[float, float, int | None], list[int]]:
+        """Rows that draw in the same way."""
+        groups: dict[tuple[float, float, int | None], list[int]] = {}
+        for row in self._drawn:
+            config = self._configs[row]
+            groups.setdefault((config.temperature, config.top_p, config.top_k), []).append(row)
+        return groups
 
 
-def nucleus(logits: Tensor, temperature: float, top_p: float) -> tuple[Tensor, Tensor]:
-    """The smallest set of most likely tokens whose probability is at least top_p; of equal ones, lower ids first.
+def candidates(logits: Tensor, temperature: float, top_p: float, top_k: int | None) -> tuple[Tensor, Tensor | None]:
+    """The tokens that may be drawn: of the top_k most likely ones, the smallest set with a probability of top_p.
+
+    Of equally likely tokens, lower ids come first.
 
     Args:
         logits: [B, V].
         temperature: above 0.
         top_p: in (0, 1]; 1 keeps every token.
+        top_k: at least 1; None keeps every token.
 
     Returns:
-        Probabilities fp64 [B, V] in descending order, 0 outside the set, not normalized; and their ids [B, V].
+        Probabilities fp64 [B, tokens], 0 outside the set, not normalized; and their ids [B, tokens], None if these are
+        0 to V - 1.
     """
-    scaled = logits.double() - logits.double().amax(dim=-1, keepdim=True)
-    ordered, ids = torch.softmax(scaled / temperature, dim=-1).sort(dim=-1, descending=True, stable=True)
-    if top_p == 1.0:
-        return ordered, ids
+    scaled = (logits.double() - logits.double().amax(dim=-1, keepdim=True)) / temperature
+    probabilities = torch.softmax(scaled, dim=-1)
+    if top_p == 1.0 and (top_k is None or top_k >= logits.shape[-1]):
+        return probabilities, None
+    ordered, ids = probabilities.sort(dim=-1, descending=True, stable=True)
+    if top_k is not None:
+        ordered, ids = ordered[:, :top_k], ids[:, :top_k]
+        ordered = ordered / ordered.sum(dim=-1, keepdim=True)
     reached_before = torch.cat((torch.zeros_like(ordered[:, :1]), ordered.cumsum(dim=-1)[:, :-1]), dim=-1)
-    return ordered.masked_fill(reached_before >= top_p, 0.0), ids
+    return ordered if top_p == 1.0 else ordered.masked_fill(reached_before >= top_p, 0.0), ids
 
 
-def _draw(probabilities: Tensor, ids: Tensor, uniform: Tensor) -> Tensor:
+def _draw(probabilities: Tensor, ids: Tensor | None, uniform: Tensor) -> Tensor:
     """Inverse-transform sampling of one id per row, from uniform [B] in [0, 1)."""
     cumulative = probabilities.cumsum(dim=-1)
     target = uniform[:, None] * cumulative[:, -1:]
     place = torch.searchsorted(cumulative, target, right=True)
     # Rounding may put the target on the very end; the last token that counts is then the answer.
-    last = (probabilities > 0).sum(dim=-1, keepdim=True) - 1
-    return ids.gather(1, torch.minimum(place, last)).squeeze(1)
-
-
-def _generator(seed: int, row: int) -> torch.Generator:
-    digest = hashlib.sha256(f"{seed}:{row}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    counts = probabilities > 0
+    last = counts.shape[-1] - 1 - counts.int().flip(-1).argmax(dim=-1, keepdim=True)
+    place = torch.minimum(place, last)
+    return (place if ids is None else ids.gather(1, place)).squeeze(1)

@@ -7,16 +7,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from inference.errors import InferenceError
-from inference.sampling import Sampler, SamplingConfig, nucleus, sampling_config
+from inference.sampling import RandomNumbers, Sampler, SamplingConfig, candidates, sampling_config
 
 DRAWS = 20000
 # Upper 0.1 % quantiles of the chi-square distribution by degrees of freedom.
 CHI_SQUARE_LIMIT = {1: 10.83, 2: 13.82, 3: 16.27, 4: 18.47, 5: 20.52, 6: 22.46, 7: 24.32}
 
 
+def sampler_of(config: SamplingConfig, count: int) -> Sampler:
+    return Sampler([config] * count, [RandomNumbers(config.seed, place) for place in range(count)])
+
+
 def draw_counts(logits: torch.Tensor, config: SamplingConfig) -> np.ndarray:
     """How often each token comes out of DRAWS rows of the same logits."""
-    tokens = Sampler(config, DRAWS).choose(logits.expand(DRAWS, -1))
+    tokens = sampler_of(config, DRAWS).choose(logits.expand(DRAWS, -1))
     return np.bincount(tokens.numpy(), minlength=logits.numel())
 
 
@@ -46,7 +50,7 @@ def test_draws_have_the_exact_distribution(temperature: float, top_p: float) -> 
 
 def test_successive_draws_of_a_sequence_have_the_exact_distribution() -> None:
     logits = torch.tensor([[0.5, 0.2, 0.3]]).log()
-    sampler = Sampler(SamplingConfig(temperature=1.0, seed=1), 1)
+    sampler = sampler_of(SamplingConfig(temperature=1.0, seed=1), 1)
     tokens = np.array([int(sampler.choose(logits)) for _ in range(4000)])
     expected = np.array([0.5, 0.2, 0.3])
     counts = np.bincount(tokens, minlength=3)
@@ -67,7 +71,7 @@ def test_the_nucleus_is_the_smallest_set(weights: list[int], top_p: Fraction) ->
     order = sorted(range(len(weights)), key=lambda token: (-weights[token], token))
     reached = [Fraction(sum(weights[token] for token in order[: n + 1]), total) for n in range(len(order))]
     size = next(n for n, mass in enumerate(reached) if mass >= top_p) + 1
-    probabilities, ids = nucleus(torch.tensor([weights], dtype=torch.float64).log(), 1.0, float(top_p))
+    probabilities, ids = candidates(torch.tensor([weights], dtype=torch.float64).log(), 1.0, float(top_p), None)
     kept = int((probabilities > 0).sum())
     assert kept == size or (top_p in reached and abs(kept - size) <= 1)
     assert ids[0, :kept].tolist() == order[:kept]
@@ -75,10 +79,10 @@ def test_the_nucleus_is_the_smallest_set(weights: list[int], top_p: Fraction) ->
 
 
 def test_ties_go_to_the_lower_id_and_a_set_may_reach_top_p_exactly() -> None:
-    probabilities, ids = nucleus(torch.zeros(1, 8), 1.0, 0.25)
+    probabilities, ids = candidates(torch.zeros(1, 8), 1.0, 0.25, None)
     assert ids[0, probabilities[0] > 0].tolist() == [0, 1]
     assert set(np.flatnonzero(draw_counts(torch.zeros(8), SamplingConfig(temperature=1.0, top_p=0.25)))) == {0, 1}
-    assert int(Sampler(SamplingConfig(), 1).choose(torch.tensor([[0.0, 2.0, 2.0]]))) == 1
+    assert int(sampler_of(SamplingConfig(), 1).choose(torch.tensor([[0.0, 2.0, 2.0]]))) == 1
 
 
 def test_a_low_temperature_or_a_small_nucleus_is_greedy() -> None:
@@ -91,12 +95,12 @@ def test_the_seed_alone_decides() -> None:
     logits = torch.zeros(6, 1000)
     config = SamplingConfig(temperature=1.0, seed=4)
     torch.manual_seed(0)
-    first = Sampler(config, 6).choose(logits)
+    first = sampler_of(config, 6).choose(logits)
     torch.manual_seed(1)
-    assert torch.equal(Sampler(config, 6).choose(logits), first)
-    assert torch.equal(Sampler(config, 2).choose(logits[:2]), first[:2])
+    assert torch.equal(sampler_of(config, 6).choose(logits), first)
+    assert torch.equal(sampler_of(config, 2).choose(logits[:2]), first[:2])
     assert len(set(first.tolist())) == 6
-    other = Sampler(SamplingConfig(temperature=1.0, seed=5), 6).choose(logits)
+    other = sampler_of(SamplingConfig(temperature=1.0, seed=5), 6).choose(logits)
     assert not set(other.tolist()) & set(first.tolist())
 
 
