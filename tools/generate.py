@@ -8,7 +8,9 @@ if Path(sys.path[0]).resolve() == Path(__file__).resolve().parent:
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 import argparse
+import contextlib
 import warnings
+from collections.abc import Iterator
 
 # Megatron-core warns at import about optional libraries that this project does not use.
 warnings.filterwarnings("ignore", module=r"megatron\.core")
@@ -18,9 +20,10 @@ import torch.distributed
 from checkpoints.errors import CheckpointError
 from checkpoints.trained_model import find_trained_model
 from data.errors import DataError
+from data.tokenizer import Tokenizer
 from inference.errors import InferenceError
 from inference.generator import Generator
-from inference.sampling import sampling_config
+from inference.sampling import SamplingConfig, sampling_config
 from inference.text import continue_text
 from inference.tokenizer_choice import tokenizer_of
 from parallel.errors import ConfigurationError
@@ -30,22 +33,58 @@ from tools.command_line import run
 
 def parse_arguments() -> argparse.Namespace:
     """Reads the command line."""
-    parser = argparse.ArgumentParser(description="Prints a prompt and what a trained model makes of it, on one device.")
+    parser = argparse.ArgumentParser(
+        description="Prints a prompt and what a trained model makes of it, on one device. Without a prompt, asks for "
+        "one after the other on a terminal, and else takes all of the standard input as one."
+    )
     add = parser.add_argument
     add("--checkpoint", type=Path, required=True, metavar="DIR", help="run folder (newest step) or one step folder")
-    add("--prompt", required=True, metavar="TEXT", help="text to continue")
+    prompt = parser.add_mutually_exclusive_group()
+    prompt.add_argument("--prompt", metavar="TEXT", help="text to continue")
+    prompt.add_argument("--prompt-file", type=Path, metavar="FILE", help="file with the text to continue")
     add("--max-new-tokens", type=int, required=True, metavar="N", help="tokens to generate; an end of text comes first")
     add("--temperature", type=float, default=0.0, metavar="T", help="0: always the most likely token (default)")
+    add("--top-k", type=int, metavar="K", help="draw from so many most likely tokens")
     add("--top-p", type=float, default=1.0, metavar="P", help="draw from the smallest set of this probability")
     add("--seed", type=int, default=0, metavar="S", help="seed of the draws (default 0)")
     add("--tokenizer", type=Path, metavar="FILE", help="tokenizer (default: that of the data or the import)")
+    add("--stats", action="store_true", help="say how fast it was")
     return parser.parse_args()
 
 
+def prompts(arguments: argparse.Namespace) -> Iterator[str]:
+    """The texts to continue."""
+    if arguments.prompt is not None:
+        yield arguments.prompt
+    elif arguments.prompt_file is not None:
+        yield read_prompt(arguments.prompt_file)
+    elif not sys.stdin.isatty():
+        yield sys.stdin.read()
+    else:
+        with contextlib.suppress(EOFError):
+            while True:
+                if prompt := input("prompt (Ctrl-D ends): "):
+                    yield prompt
+
+
+def read_prompt(path: Path) -> str:
+    """A file's text.
+
+    Raises:
+        InferenceError: it cannot be read.
+    """
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InferenceError(f"--prompt-file {path} cannot be read as UTF-8 text ({error}); give another") from None
+
+
 def main() -> None:
-    """Loads the model and prints the text."""
+    """Loads the model and prints text as it comes."""
     arguments = parse_arguments()
-    sampling = sampling_config(temperature=arguments.temperature, top_p=arguments.top_p, seed=arguments.seed)
+    sampling = sampling_config(
+        temperature=arguments.temperature, top_k=arguments.top_k, top_p=arguments.top_p, seed=arguments.seed
+    )
     trained = find_trained_model(arguments.checkpoint)
     for step, reason in trained.skipped:
         print(f"warning: step {step} is skipped: {reason}", file=sys.stderr)
@@ -53,9 +92,27 @@ def main() -> None:
     start_single_process()
     try:
         generator = Generator(trained.load(), tokenizer.eos_id, tokenizer.vocab_size)
-        print(continue_text(generator, tokenizer, arguments.prompt, arguments.max_new_tokens, sampling))
+        for prompt in prompts(arguments):
+            continue_prompt(generator, tokenizer, prompt, arguments, sampling)
     finally:
         torch.distributed.destroy_process_group()
+
+
+def continue_prompt(
+    generator: Generator, tokenizer: Tokenizer, prompt: str, arguments: argparse.Namespace, sampling: SamplingConfig
+) -> None:
+    """Prints a prompt and its continuation."""
+    begun = False
+
+    def show(text: str) -> None:
+        nonlocal begun
+        print(text if begun else prompt + text, end="", flush=True)
+        begun = True
+
+    made = continue_text(generator, tokenizer, prompt, arguments.max_new_tokens, sampling, show)
+    print("" if begun else prompt)
+    if arguments.stats:
+        print(made.describe(), file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -21,8 +21,13 @@ def test_the_text_ends_at_the_end_of_text(tmp_path: Path) -> None:
         sampling = SamplingConfig(temperature=50.0, seed=seed)  # close to uniform, so that the end comes up
         tokens = generator.generate([prompt], TOKENS, sampling)[0]
         end = tokens.index(tokenizer.eos_id) if tokenizer.eos_id in tokens else TOKENS
-        text = continue_text(generator, tokenizer, PROMPT, TOKENS, sampling)
-        assert text == tokenizer.decode(prompt + tokens[:end])
-        assert text.startswith(PROMPT)
+        pieces: list[str] = []
+        made = continue_text(generator, tokenizer, PROMPT, TOKENS, sampling, pieces.append)
+        assert made.text == tokenizer.decode(prompt + tokens[:end])
+        assert made.text.startswith(PROMPT)
+        assert "".join(pieces) == made.continuation
+        assert len(pieces) > 3
+        assert (made.prompt_tokens, made.new_tokens) == (len(prompt), min(end + 1, TOKENS))
+        assert 0 < made.first_seconds < made.seconds
         stopped += end < TOKENS - 1
     assert stopped

@@ -1,5 +1,7 @@
 """tools/generate.py as a user runs it, on a small random model."""
 
+import io
+import re
 import subprocess
 import sys
 import warnings
@@ -26,9 +28,10 @@ class Generate:
     def __init__(self, script: Script) -> None:
         self._script = script
 
-    def __call__(self, checkpoint: Path, *options: str, prompt: str = PROMPT, tokens: int = 12) -> Outcome:
+    def __call__(self, checkpoint: Path, *options: str, prompt: str | None = PROMPT, tokens: int = 12) -> Outcome:
+        given = [] if prompt is None else ["--prompt", prompt]
         with warnings.catch_warnings(action="default", category=UserWarning):
-            return self._script("--checkpoint", checkpoint, "--prompt", prompt, "--max-new-tokens", tokens, *options)
+            return self._script("--checkpoint", checkpoint, "--max-new-tokens", tokens, *given, *options)
 
 
 @pytest.fixture
@@ -117,3 +120,24 @@ def test_without_the_training_data_a_tokenizer_must_be_given(
         assert generate(run_folder, "--tokenizer", str(moved / "tokenizer.model")) == expected
     finally:
         moved.rename(shards)
+
+
+def test_a_prompt_from_a_file_or_standard_input(
+    generate: Generate, run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = generate(run_folder).output
+    file = tmp_path / "prompt.txt"
+    file.write_text(PROMPT)
+    assert generate(run_folder, "--prompt-file", str(file), prompt=None).output == expected
+    monkeypatch.setattr(sys, "stdin", io.StringIO(PROMPT))
+    assert generate(run_folder, prompt=None).output == expected
+    missing = generate(run_folder, "--prompt-file", str(tmp_path / "none"), prompt=None)
+    assert missing.status == 2
+    assert "--prompt-file" in missing.errors[0]
+
+
+def test_statistics_are_one_line(generate: Generate, run_folder: Path) -> None:
+    outcome = generate(run_folder, "--stats", "--temperature", "1", "--top-k", "3")
+    assert re.fullmatch(
+        r"\d+ prompt tokens, first new token after [\d.]+ s, then .* tokens/s; 12 tokens in .* s", outcome.errors[-1]
+    )
