@@ -85,6 +85,11 @@ class Generator:
                 self._continue(sequences, max_new_tokens)
         return [sequence.tokens for sequence in sequences]
 
+    @property
+    def cache_bytes(self) -> int:
+        """Memory that the keys and values of the last batch take on this rank."""
+        return self._engine.cache_bytes
+
     def _continue(self, sequences: list[RunningSequence], max_new_tokens: int) -> None:
         """Runs a batch until every sequence has ended; sequence i has slot i of the engine."""
         sampler = Sampler([one.sampling for one in sequences], [one.numbers for one in sequences])

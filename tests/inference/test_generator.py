@@ -199,3 +199,46 @@ def test_tensor_parallel_generation_equals_unsharded() -> None:
     for results in run_processes(2, _generate_in_parallel, cases, prompts):
         assert results[:-1] == expected
         assert "sequence_parallel=false" in results[-1]
+
+
+@pytest.mark.parametrize("architecture", ["block", "vanilla"])
+def test_a_sequence_with_its_own_seed_does_not_depend_on_its_place(architecture: Any) -> None:
+    generator = Generator(small_stage(small_config(architecture)), PAD_ID)
+    prompts = [random_prompt(n) for n in (3, 9, 5)]
+    configs = [SamplingConfig(temperature=1.0, top_k=9, seed=3), SamplingConfig(), DRAWN]
+    together = generator.generate(prompts, 11, configs)
+    assert generator.generate(prompts[::-1], 11, configs[::-1]) == together[::-1]
+    assert [
+        generator.generate([prompt], 11, [one])[0] for prompt, one in zip(prompts, configs, strict=True)
+    ] == together
+    with pytest.raises(InferenceError, match="2 sampling configurations were given for 3 prompts"):
+        generator.generate(prompts, 11, configs[:2])
+
+
+def test_tokens_are_told_as_they_come() -> None:
+    generator = Generator(small_stage(small_config()), PAD_ID)
+    told: list[tuple[int, int]] = []
+    prompts = [random_prompt(3), random_prompt(8)]
+    made = generator.generate(prompts, 7, on_token=lambda place, token: told.append((place, token)))
+    assert [place for place, _ in told] == [0, 1] * 7
+    assert [[token for place, token in told if place == one] for one in (0, 1)] == made
+
+
+@pytest.mark.parametrize("name", ["block", "vanilla", "Llama", "vanilla, multi-query", "MEGABYTE"])
+@pytest.mark.filterwarnings("ignore:prompt and new tokens")
+def test_the_cache_is_as_large_as_the_formula_says(name: str) -> None:
+    """2 n D T values per sequence, of T tokens or T / L blocks; and of the P + L - 1 positions of one block."""
+    config = MODELS[name]
+    generator = Generator(small_stage(config), PAD_ID)
+    prompt, new, sequences = 16, 16, 3
+    generator.generate([random_prompt(prompt)] * sequences, new)
+
+    def values(stack: Any, positions: int) -> int:
+        return 2 * stack.num_layers * stack.key_value_heads * stack.head_size * positions
+
+    if config.is_block:
+        expected = values(config.blocks, (prompt + new) // config.block_length)
+        expected += values(config.tokens, config.local_length)
+    else:
+        expected = values(config.vanilla, prompt + new)
+    assert generator.cache_bytes == sequences * expected * 4

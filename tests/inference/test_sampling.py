@@ -24,8 +24,12 @@ def draw_counts(logits: torch.Tensor, config: SamplingConfig) -> np.ndarray:
     return np.bincount(tokens.numpy(), minlength=logits.numel())
 
 
-def naive_nucleus(probabilities: np.ndarray, top_p: float) -> np.ndarray:
+def naive_nucleus(probabilities: np.ndarray, top_p: float, top_k: int | None = None) -> np.ndarray:
     """The definition, token by token."""
+    if top_k is not None:
+        most_likely = sorted(range(len(probabilities)), key=lambda token: (-probabilities[token], token))[:top_k]
+        probabilities = np.where(np.isin(np.arange(len(probabilities)), most_likely), probabilities, 0)
+        probabilities = probabilities / probabilities.sum()
     kept = np.zeros_like(probabilities)
     reached = 0.0
     for token in sorted(range(len(probabilities)), key=lambda token: (-probabilities[token], token)):
@@ -36,12 +40,24 @@ def naive_nucleus(probabilities: np.ndarray, top_p: float) -> np.ndarray:
     return kept / kept.sum()
 
 
-@pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.5, 1.0), (2.0, 1.0), (1.0, 0.7), (1.7, 0.95)])
-def test_draws_have_the_exact_distribution(temperature: float, top_p: float) -> None:
+@pytest.mark.parametrize(
+    ("temperature", "top_p", "top_k"),
+    [
+        (1.0, 1.0, None),
+        (0.5, 1.0, None),
+        (2.0, 1.0, None),
+        (1.0, 0.7, None),
+        (1.7, 0.95, None),
+        (1.0, 1.0, 3),
+        (1.3, 0.8, 5),
+        (1.0, 1.0, 99),
+    ],
+)
+def test_draws_have_the_exact_distribution(temperature: float, top_p: float, top_k: int | None) -> None:
     logits = torch.tensor([1.0, -0.5, 0.3, 2.0, 0.3, -2.0, 1.2, 0.0])
-    counts = draw_counts(logits, SamplingConfig(temperature=temperature, top_p=top_p, seed=3))
+    counts = draw_counts(logits, SamplingConfig(temperature=temperature, top_p=top_p, top_k=top_k, seed=3))
     weights = np.exp(logits.double().numpy() / temperature)
-    expected = naive_nucleus(weights / weights.sum(), top_p) * DRAWS
+    expected = naive_nucleus(weights / weights.sum(), top_p, top_k) * DRAWS
     allowed = expected > 0
     assert not counts[~allowed].any()
     statistic = float(((counts[allowed] - expected[allowed]) ** 2 / expected[allowed]).sum())
@@ -110,3 +126,21 @@ def test_bad_settings_are_one_sentence(bad: dict[str, float]) -> None:
     with pytest.raises(InferenceError, match=f"^{name}={value} is not allowed: ") as caught:
         sampling_config(**bad)
     assert "\n" not in str(caught.value)
+
+
+def test_each_sequence_draws_in_its_own_way() -> None:
+    logits = torch.tensor([1.0, 0.9, 0.8, -5.0]).expand(4000, -1)
+    kinds = (SamplingConfig(), SamplingConfig(temperature=1.0, top_k=2), SamplingConfig(temperature=1.0))
+    configs = [kinds[row % 3] for row in range(4000)]
+    tokens = Sampler(configs, [RandomNumbers(7, row) for row in range(4000)]).choose(logits)
+    assert [set(tokens[kind::3].tolist()) - {3} for kind in range(3)] == [{0}, {0, 1}, {0, 1, 2}]
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_logit_that_is_no_number_is_an_error(bad: float) -> None:
+    logits = torch.zeros(3, 5)
+    logits[1, 2] = bad
+    with pytest.raises(InferenceError, match="not finite"):
+        sampler_of(SamplingConfig(), 3).choose(logits)
+    logits[1, 2] = -float("inf")
+    assert sampler_of(SamplingConfig(), 3).choose(logits).tolist() == [0, 0, 0]

@@ -16,7 +16,7 @@ def test_the_text_ends_at_the_end_of_text(tmp_path: Path) -> None:
     config = small_config().model_copy(update={"vocab_size": VOCABULARY, "sequence_length": 256})
     generator = Generator(small_stage(config), tokenizer.eos_id)
     prompt = tokenizer.encode(PROMPT)
-    stopped = 0
+    stopped = most_pieces = 0
     for seed in range(12):
         sampling = SamplingConfig(temperature=50.0, seed=seed)  # close to uniform, so that the end comes up
         tokens = generator.generate([prompt], TOKENS, sampling)[0]
@@ -26,8 +26,9 @@ def test_the_text_ends_at_the_end_of_text(tmp_path: Path) -> None:
         assert made.text == tokenizer.decode(prompt + tokens[:end])
         assert made.text.startswith(PROMPT)
         assert "".join(pieces) == made.continuation
-        assert len(pieces) > 3
         assert (made.prompt_tokens, made.new_tokens) == (len(prompt), min(end + 1, TOKENS))
-        assert 0 < made.first_seconds < made.seconds
+        assert 0 < made.first_seconds <= made.seconds
+        most_pieces = max(most_pieces, len(pieces))
         stopped += end < TOKENS - 1
     assert stopped
+    assert most_pieces > 3
