@@ -139,8 +139,8 @@ class CachedStack:
         self._layers = [CachedLayer(layer, index) for index, layer in enumerate(layers)]
         attention = layers[0].attention
         self._shape = (len(layers), attention.local.groups, attention.stack.head_size)
-        self._dtype = layers[0].attention_norm.weight.dtype  # type: ignore[union-attr]
-        self._device = layers[0].attention_norm.weight.device  # type: ignore[union-attr]
+        weight = layers[0].attention_norm.get_parameter("weight")
+        self._dtype, self._device = weight.dtype, weight.device
         self.cache: KeyValueCache
 
     def start(self, num_sequences: int, capacity: int) -> None:
