@@ -12,7 +12,7 @@ from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_regi
 from torch import Tensor
 
 from inference.cached_layer import CachedStack
-from inference.dense import dense_of
+from inference.dense import OutputMatrix
 from parallel.config import ModelConfig
 from parallel.decoder_layer import DecoderLayer
 from parallel.inputs import MicroBatch, ModelInputs, prepare_inputs
@@ -62,20 +62,16 @@ class Head:
 
     def __init__(self, output: OutputHead) -> None:
         self._norm = output.norm
-        self._dense = dense_of(output.head)
+        self._matrix = OutputMatrix(output.head.weight)
         self._is_split = parallel_state.get_tensor_model_parallel_world_size() > 1
-        self._logits: Tensor | None = None
 
     def __call__(self, hidden: Tensor) -> Tensor:
         """Hidden states [B, D] -> logits [B, V]; overwritten by the next call."""
-        shape = (len(hidden), self._dense.outputs)
-        if self._logits is None or self._logits.shape != shape:
-            self._logits = hidden.new_empty(shape)
-        logits = self._dense(self._norm(hidden), out=self._logits)
+        logits = self._matrix(self._norm(hidden))
         if not self._is_split:
             return logits
         gathered: Tensor = gather_from_tensor_model_parallel_region(
-            logits, group=parallel_state.get_tensor_model_parallel_group()
+            logits.contiguous(), group=parallel_state.get_tensor_model_parallel_group()
         )
         return gathered
 
