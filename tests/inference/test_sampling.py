@@ -89,6 +89,10 @@ def test_the_nucleus_is_the_smallest_set(weights: list[int], top_p: Fraction) ->
     size = next(n for n, mass in enumerate(reached) if mass >= top_p) + 1
     probabilities, ids = candidates(torch.tensor([weights], dtype=torch.float64).log(), 1.0, float(top_p), None)
     kept = int((probabilities > 0).sum())
+    if ids is None:  # all tokens, in the order of their ids
+        assert top_p == 1
+        torch.testing.assert_close(probabilities * total, torch.tensor([weights]).double())
+        return
     assert kept == size or (top_p in reached and abs(kept - size) <= 1)
     assert ids[0, :kept].tolist() == order[:kept]
     torch.testing.assert_close(probabilities[0, :kept] * total, torch.tensor([weights]).double()[0, order[:kept]])
