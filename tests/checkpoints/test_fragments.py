@@ -57,7 +57,7 @@ def publish(root: Path, pieces: list[tuple[Fragment, torch.Tensor]], files: int 
 
 
 @given(st.data())
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 def test_any_layout_reads_back_under_any_other(data: st.DataObject) -> None:
     shape = tuple(data.draw(st.lists(st.integers(1, 6), max_size=3), label="shape"))
     source = data.draw(layouts(shape), label="source")
@@ -81,7 +81,7 @@ def test_any_layout_reads_back_under_any_other(data: st.DataObject) -> None:
 
 
 @given(st.data())
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_a_missing_piece_is_refused_at_publish_and_at_read(data: st.DataObject) -> None:
     shape = tuple(data.draw(st.lists(st.integers(2, 5), min_size=1, max_size=3), label="shape"))
     pieces = pieces_of(torch.randn(shape), data.draw(layouts(shape), label="source"))

@@ -3,7 +3,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from inference.errors import InferenceError
@@ -76,7 +76,6 @@ def test_successive_draws_of_a_sequence_have_the_exact_distribution() -> None:
     assert ((pairs - independent) ** 2 / independent).sum() < 29.6, "successive draws depend on each other"
 
 
-@settings(deadline=None)
 @given(
     weights=st.lists(st.integers(1, 30), min_size=1, max_size=12),
     top_p=st.fractions(min_value=Fraction(1, 97), max_value=1, max_denominator=97),

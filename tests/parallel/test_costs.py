@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -124,7 +124,6 @@ def slowest(costs: list[float], cuts: list[range]) -> float:
     return max(sum(costs[i] for i in cut) for cut in cuts)
 
 
-@settings(deadline=None)
 @given(st.data())
 def test_balanced_cuts_equal_exhaustive_search(data: st.DataObject) -> None:
     # Whole numbers add up exactly, so that equal cuts cost exactly the same.

@@ -57,7 +57,7 @@ def open_corpus(corpus: Corpus, folder: str) -> SequenceStream:
         reject()
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(corpora, st.integers(0, 2))
 def test_every_token_comes_once_per_epoch_but_for_the_tails(corpus: Corpus, epoch: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
@@ -79,7 +79,7 @@ def test_every_token_comes_once_per_epoch_but_for_the_tails(corpus: Corpus, epoc
             assert read.mask.all()
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(corpora)
 def test_no_block_mixes_documents_and_documents_are_told_apart(corpus: Corpus) -> None:
     corpus = corpus._replace(boundary=True)
@@ -99,7 +99,7 @@ def test_no_block_mixes_documents_and_documents_are_told_apart(corpus: Corpus) -
             assert len(pairs) == len({a for a, _ in pairs}) == len({b for _, b in pairs})
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(corpora, st.integers(1, 4), st.integers(1, 3), st.integers(0, 200), st.data())
 def test_all_layouts_and_restarts_read_the_same(
     corpus: Corpus, ranks: int, micro_batch: int, start: int, data: st.DataObject
