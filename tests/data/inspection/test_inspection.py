@@ -1,4 +1,7 @@
+import io
+import json
 import shutil
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -172,3 +175,30 @@ def test_corpora_of_other_tokenizers_are_not_compared(corpus: Path, tmp_path: Pa
     text, same = compare_corpora(corpus, tmp_path / "other")
     assert not same
     assert text.count("made with different tokenizers") == 2
+
+
+@pytest.mark.parametrize(
+    ("lost", "words"),
+    [
+        ("tokens.npy", "does not hold sample 0 as"),
+        ("doc_lengths.npy", "holds other documents than shard-00000.lengths"),
+    ],
+)
+def test_a_tar_with_a_missing_member_is_found(corpus: Path, lost: str, words: str) -> None:
+    """Also if somebody has written the new size and checksum into the manifest."""
+    path = corpus / "train" / "shard-00000.tar"
+    content = io.BytesIO()
+    with tarfile.open(path) as tar, tarfile.open(fileobj=content, mode="w") as shorter:
+        for member in tar:
+            if not member.name.endswith(lost):
+                shorter.addfile(member, tar.extractfile(member))
+    path.write_bytes(content.getvalue())
+    assert any(str(path) in problem for problem in verify_corpus(corpus).problems)
+    manifest = json.loads((corpus / "train" / "manifest.json").read_text())
+    manifest["shards"][0] |= {"bytes": len(content.getvalue()), "sha256": sha256_of_file(path)}
+    (corpus / "train" / "manifest.json").write_text(json.dumps(manifest))
+    problems = verify_corpus(corpus).problems
+    assert any(words in problem for problem in problems), problems
+    if lost == "tokens.npy":
+        with pytest.raises(DataError, match="does not hold sample 0 as"):
+            next(CorpusSplit(corpus, "train").documents(read_manifest(corpus / "train").shards[0]))

@@ -235,3 +235,21 @@ def test_another_tokenizer_is_refused(prepared: Path, tmp_path: Path) -> None:
     assert open_stream(prepared, tokenizer=prepared / "tokenizer.model").tokenizer_path == prepared / "tokenizer.model"
     with pytest.raises(DataError, match=r"tokenizer .*absent.model does not exist"):
         open_stream(prepared, tokenizer=tmp_path / "absent.model")
+
+
+@pytest.mark.parametrize("block_length", [1, 2, 4, 8])
+def test_the_same_shards_serve_every_block_and_sequence_length(tmp_path: Path, block_length: int) -> None:
+    """From 2,048 to 32,768 tokens: whatever the cut, the same tokens in the same order, but for the tails of shards."""
+    lengths = np.random.default_rng(1).integers(1, 3000, 200).tolist()
+    write_split(tmp_path, numbered_documents(lengths), shard_tokens=100_000, vocab_size=2**19)
+    packed: list[np.ndarray] = []
+    for sequence_length in (2048, 4096, 8192, 16_384, 32_768):
+        stream = open_stream(tmp_path, shuffle=False, block_length=block_length, sequence_length=sequence_length)
+        read = stream.read(0, stream.sequences_per_epoch)
+        assert read.token_ids.shape == (stream.sequences_per_epoch, sequence_length)
+        shards = [sample.shard for sample in stream.sample_ids(0, stream.sequences_per_epoch)]
+        first = np.where(read.mask, read.token_ids, -1)[np.asarray(shards) == 0].ravel()
+        packed.append(first)
+        assert len(first) >= 65_536
+    assert all(np.array_equal(packed[0][: len(other)], other) for other in packed[1:])
+    assert len(list((tmp_path / "counts").glob("*.json"))) == 1, "one table for all sequence lengths"
