@@ -6,20 +6,21 @@ could reach at best), and the loss when every sequence is given the context embe
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 
 import torch
 from torch import Tensor
 
 from data.errors import DataError
 from data.streaming.stream import SequenceStream
+from evaluation.result import EvaluationResult
 from parallel.inputs import MicroBatch, ModelInputs, prepare_inputs, target_mask
 from parallel.schedule import LossSums, loss_sums
 from parallel.stage import Stage
 
 
 @dataclass(frozen=True)
-class LanguageModeling:
+class LanguageModeling(EvaluationResult):
     """Results over the same valid targets; nats per token.
 
     Attributes:
@@ -29,6 +30,8 @@ class LanguageModeling:
         shuffled_context_loss: cross entropy with the context embeddings of another sequence; None for vanilla models.
         targets: number of valid targets.
     """
+
+    name = "validation"
 
     loss: float
     loss_by_position: tuple[float, ...]
@@ -52,6 +55,18 @@ class LanguageModeling:
                 f"by position in block   {positions}",
             ]
         return lines
+
+    def scalars(self) -> dict[str, float]:
+        """The losses in nats per token; positions count from 1."""
+        scalars = {"loss": self.loss, "unigram_entropy": self.unigram_entropy}
+        if self.shuffled_context_loss is not None:
+            scalars["shuffled_context_loss"] = self.shuffled_context_loss
+            scalars |= {f"loss_by_position/{i}": value for i, value in enumerate(self.loss_by_position, start=1)}
+        return scalars
+
+    def to_json(self) -> dict[str, object]:
+        """The attributes by name."""
+        return asdict(self)
 
 
 @torch.no_grad()
