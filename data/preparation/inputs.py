@@ -44,14 +44,14 @@ class FoundInputs:
     left_out: Counter[str]
 
 
-def expand_inputs(patterns: Sequence[Path], option: str, output: Path) -> FoundInputs:
+def expand_inputs(patterns: Sequence[Path], option: str, output: Path | None = None) -> FoundInputs:
     """Finds the files that a user means.
 
     Args:
         patterns: Files, glob patterns (`**` goes through folders) and directories, which are searched for files of
             known kinds, hidden ones left out.
         option: Name of the option, for messages.
-        output: Directory to make; if it has been made, what is found in it does not count.
+        output: Directory to make, if any; if it has been made, what is found in it does not count.
 
     Returns:
         The files.
@@ -59,7 +59,7 @@ def expand_inputs(patterns: Sequence[Path], option: str, output: Path) -> FoundI
     Raises:
         DataError: Nothing is found, or a file is of an unknown kind or cannot be read.
     """
-    made = output if (output / RECORD_NAME).is_file() else None
+    made = output if output and (output / RECORD_NAME).is_file() else None
     files: list[Path] = []
     left_out: Counter[str] = Counter()
     for pattern in patterns:
