@@ -1,4 +1,4 @@
-"""Evaluates a trained model on its validation split: tools/evaluate_model.py --checkpoint RUN_OR_STEP."""
+"""Evaluates a trained model: tools/evaluate_model.py --checkpoint RUN_OR_STEP [--tasks NAME ...]."""
 
 import sys
 from pathlib import Path
@@ -10,31 +10,78 @@ if Path(sys.path[0]).resolve() == Path(__file__).resolve().parent:
 import argparse
 import json
 import warnings
-from dataclasses import asdict
 
 # Megatron-core warns at import about optional libraries that this project does not use.
 warnings.filterwarnings("ignore", module=r"megatron\.core")
 
+import torch
 import torch.distributed
 
 from checkpoints.errors import CheckpointError
-from checkpoints.trained_model import find_trained_model
+from checkpoints.trained_model import TrainedModel, find_trained_model
 from data.errors import DataError
-from data.streaming.stream import SequenceStream
-from evaluation.language_modeling import evaluate_language_modeling
+from evaluation.padding import PADDINGS
+from evaluation.report import Report
+from evaluation.result import EvaluationResult
+from evaluation.stage_scorer import DEFAULT_BATCH_TOKENS
+from evaluation.suite import (
+    OWN_EVALUATIONS,
+    EvaluationOptions,
+    EvaluationRequest,
+    LoadedModel,
+    prepare_evaluations,
+)
+from inference.errors import InferenceError
 from parallel.errors import ConfigurationError
 from parallel.topology import start_single_process
-from tools.command_line import run
+from tools.command_line import exit_on_termination, run
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def positive(text: str) -> int:
+    """A number of the command line that must be at least 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a number of at least 1")
+    return int(text)
 
 
 def parse_arguments() -> argparse.Namespace:
     """Reads the command line."""
     parser = argparse.ArgumentParser(
-        description="Prints the loss on held-out text beside the unigram entropy of the same tokens, and what it "
-        "becomes when sequences are given each other's context embeddings."
+        description="Evaluates a model on one device. Results are printed and written to RUN/evaluation/step_N: "
+        "results.json, where those of other evaluations stay, and plots; scalars go to RUN/tensorboard/evaluation. "
+        "See docs/evaluation.md."
     )
     add = parser.add_argument
     add("--checkpoint", type=Path, required=True, metavar="DIR", help="run folder (newest step) or one step folder")
+    add(
+        "--tasks",
+        nargs="+",
+        default=["validation"],
+        metavar="NAME",
+        help=f"{', '.join(OWN_EVALUATIONS)}, or tasks of lm-evaluation-harness such as lambada_openai "
+        "(default: validation, the loss on held-out text beside the unigram entropy of the same tokens, and what it "
+        "becomes when sequences are given each other's context embeddings)",
+    )
+    add("--output", type=Path, metavar="DIR", help="write everything there and nothing into the run's folder")
+    add("--json", type=Path, metavar="FILE", help="also write the results of a single evaluation there")
+    add("--tokenizer", type=Path, metavar="FILE", help="tokenizer (default: that of the data or the import)")
+    add("--dtype", choices=DTYPES, help="type of the weights (default: bfloat16 on a GPU, else float32)")
+    add(
+        "--batch-tokens",
+        type=positive,
+        default=DEFAULT_BATCH_TOKENS,
+        metavar="N",
+        help=f"tokens per forward pass, but in validation (default {DEFAULT_BATCH_TOKENS})",
+    )
+    _add_validation(parser)
+    _add_harness(parser)
+    return parser.parse_args()
+
+
+def _add_validation(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("validation").add_argument
     add("--sequences", type=int, default=256, metavar="N", help="validation sequences, at most (default 256)")
     add("--batch-size", type=int, default=16, metavar="N", help="sequences per forward pass, at least 2 (default 16)")
     add(
@@ -45,38 +92,65 @@ def parse_arguments() -> argparse.Namespace:
         help="leave out the first N tokens of each sequence as targets; a vanilla model then predicts the same tokens "
         "as a Block Transformer with blocks of N (default 0)",
     )
-    add("--json", type=Path, metavar="FILE", help="also write the results there")
-    return parser.parse_args()
+
+
+def _add_harness(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("tasks of lm-evaluation-harness").add_argument
+    add("--task-data", type=Path, metavar="DIR", help="folder of local files (default: tasks download their data)")
+    add("--limit", type=positive, metavar="N", help="documents of each task, at most (default: all)")
+    add(
+        "--padding",
+        choices=PADDINGS,
+        default="auto",
+        help="what a text begins with: L_B - 1 pads, or none: then its first block is not scored (default auto: as the "
+        "model was trained)",
+    )
 
 
 def main() -> None:
-    """Loads the model and prints the results."""
+    """Prepares all evaluations, loads the model and evaluates it; each result is written as soon as it is there."""
     arguments = parse_arguments()
+    exit_on_termination()
+    if arguments.json is not None and len(set(arguments.tasks)) > 1:
+        raise ConfigurationError("--json holds the results of one evaluation; name one with --tasks, or use --output")
     trained = find_trained_model(arguments.checkpoint.absolute())
     for step, reason in trained.skipped:
         print(f"warning: step {step} is skipped: {reason}", file=sys.stderr)
-    if trained.data is None:
-        raise ConfigurationError(
-            f"--checkpoint {arguments.checkpoint} was imported, so it has no validation split of its own; evaluate a "
-            "run of tools/pretrain.py"
-        )
-    stream = SequenceStream(
-        trained.data,
-        "validation",
-        block_length=trained.model.unit_length,
-        sequence_length=trained.model.sequence_length,
-    )
+    request = EvaluationRequest(trained, _options(arguments))
+    evaluations = prepare_evaluations(request, arguments.tasks)
+    report = _report(trained, arguments.output)
+    print(f"step {trained.step} of {trained.folder.name}", flush=True)
     start_single_process()
     try:
-        result = evaluate_language_modeling(
-            trained.load(), stream, arguments.sequences, arguments.batch_size, arguments.skip_tokens
-        )
+        model = LoadedModel(request, trained.load(dtype=_dtype(arguments.dtype)))
+        for evaluate in evaluations:
+            _show(evaluate(model), report, arguments.json)
     finally:
         torch.distributed.destroy_process_group()
-    print(f"step {trained.step} of {trained.folder.name}")
-    print("\n".join(result.lines()))
-    if arguments.json is not None:
-        _write(arguments.json, json.dumps({"step": trained.step, **asdict(result)}, indent=1) + "\n")
+    print(f"results are in {report.folder}")
+
+
+def _options(arguments: argparse.Namespace) -> EvaluationOptions:
+    return EvaluationOptions(**{name: getattr(arguments, name) for name in EvaluationOptions.__dataclass_fields__})
+
+
+def _report(trained: TrainedModel, output: Path | None) -> Report:
+    folder = output or trained.folder / "evaluation" / f"step_{trained.step}"
+    tensorboard = output / "tensorboard" if output else trained.folder / "tensorboard" / "evaluation"
+    return Report(folder, tensorboard, trained.folder.name, trained.step)
+
+
+def _dtype(name: str | None) -> torch.dtype:
+    if name is None:
+        return torch.bfloat16 if torch.cuda.is_available() else torch.float32
+    return DTYPES[name]
+
+
+def _show(result: EvaluationResult, report: Report, json_file: Path | None) -> None:
+    print("\n".join(result.lines()), flush=True)
+    report.add(result)
+    if json_file is not None:
+        _write(json_file, json.dumps({"step": report.step, **result.to_json()}, indent=1) + "\n")
 
 
 def _write(path: Path, text: str) -> None:
@@ -87,4 +161,5 @@ def _write(path: Path, text: str) -> None:
 
 
 if __name__ == "__main__":
-    run(main, CheckpointError, ConfigurationError, DataError)
+    warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
+    run(main, CheckpointError, ConfigurationError, DataError, InferenceError)

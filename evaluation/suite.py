@@ -1,0 +1,140 @@
+"""All evaluations by name: our own, and those of lm-evaluation-harness.
+
+An evaluation has two halves. Preparing it, before the model is loaded, reads and checks all that the user has given;
+what comes out of that is called with the loaded model.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from checkpoints.trained_model import TrainedModel
+from data.streaming.stream import SequenceStream
+from data.tokenizer import Tokenizer
+from evaluation.language_modeling import evaluate_language_modeling
+from evaluation.padding import Padding, choose_padding
+from evaluation.result import EvaluationResult
+from evaluation.scoring import Scorer
+from evaluation.stage_scorer import DEFAULT_BATCH_TOKENS, StageScorer
+from inference.generator import Generator
+from inference.tokenizer_choice import tokenizer_of
+from parallel.errors import ConfigurationError
+from parallel.stage import Stage
+
+
+@dataclass(frozen=True)
+class EvaluationOptions:
+    """What the user may choose; each evaluation reads its own.
+
+    Attributes:
+        sequences: `validation`: at most so many sequences.
+        batch_size: `validation`: sequences per forward pass.
+        skip_tokens: `validation`: so many tokens at the start of each sequence are no targets.
+        batch_tokens: tokens per forward pass of all other evaluations.
+        limit: lm-eval: documents of each task, at most; None: all.
+        padding: lm-eval: one of PADDINGS.
+        task_data: lm-eval: folder of local files; None: the tasks' data are downloaded.
+        tokenizer: Tokenizer file instead of the recorded one.
+    """
+
+    sequences: int = 256
+    batch_size: int = 16
+    skip_tokens: int = 0
+    batch_tokens: int = DEFAULT_BATCH_TOKENS
+    limit: int | None = None
+    padding: str = "auto"
+    task_data: Path | None = None
+    tokenizer: Path | None = None
+
+
+@dataclass(frozen=True)
+class EvaluationRequest:
+    """A trained model, not loaded yet, and the options."""
+
+    trained: TrainedModel
+    options: EvaluationOptions
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The model's tokenizer; raises DataError or InferenceError without one that fits."""
+        return tokenizer_of(self.trained.model, self.trained.data, self.options.tokenizer or self.trained.tokenizer)
+
+    @cached_property
+    def padding(self) -> Padding | None:
+        """How texts lie in blocks; raises ConfigurationError."""
+        return choose_padding(self.options.padding, self.trained.model, self.trained.data)
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """The model of a request in memory, and what works with it."""
+
+    request: EvaluationRequest
+    stage: Stage
+
+    @cached_property
+    def scorer(self) -> Scorer:
+        """Scores texts."""
+        request = self.request
+        return StageScorer(self.stage, request.tokenizer.eos_id, request.padding, request.options.batch_tokens)
+
+    @cached_property
+    def generator(self) -> Generator:
+        """Continues prompts."""
+        tokenizer = self.request.tokenizer
+        return Generator(self.stage, tokenizer.eos_id, tokenizer.vocab_size)
+
+
+Evaluation = Callable[[LoadedModel], EvaluationResult]
+Preparation = Callable[[EvaluationRequest], Evaluation]
+
+
+def prepare_validation(request: EvaluationRequest) -> Evaluation:
+    """Loss on the held-out split of the model's own data.
+
+    Raises:
+        ConfigurationError: The model was imported.
+        DataError: The data cannot be read, or are too few.
+    """
+    trained, options = request.trained, request.options
+    if trained.data is None:
+        raise ConfigurationError(
+            f"{trained.folder} was imported, so it has no validation split of its own; name other evaluations with "
+            "--tasks, or evaluate a run of tools/pretrain.py"
+        )
+    stream = SequenceStream(
+        trained.data,
+        "validation",
+        block_length=trained.model.unit_length,
+        sequence_length=trained.model.sequence_length,
+    )
+    return lambda model: evaluate_language_modeling(
+        model.stage, stream, options.sequences, options.batch_size, options.skip_tokens
+    )
+
+
+OWN_EVALUATIONS: dict[str, Preparation] = {
+    "validation": prepare_validation,
+}
+
+
+def prepare_evaluations(request: EvaluationRequest, names: Sequence[str]) -> list[Evaluation]:
+    """Checks everything that can be checked without the model.
+
+    Args:
+        request: What to evaluate, and how.
+        names: Names of our evaluations, or of tasks of lm-eval; one that comes twice counts once.
+
+    Returns:
+        The evaluations, in the order of their names.
+
+    Raises:
+        ConfigurationError: A name is unknown, lm-eval is missing, or an option is impossible.
+        DataError: A file is missing or wrong.
+        InferenceError: The model has no tokenizer, or the given one does not fit.
+    """
+    unknown = next((name for name in names if name not in OWN_EVALUATIONS), None)
+    if unknown is not None:
+        raise ConfigurationError(f"evaluation {unknown} is unknown; there are {', '.join(OWN_EVALUATIONS)}")
+    return [OWN_EVALUATIONS[name](request) for name in dict.fromkeys(names)]
