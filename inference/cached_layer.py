@@ -14,6 +14,34 @@ from parallel.decoder_layer import CrossAttentionLayer, DecoderLayer
 from parallel.feed_forward import FeedForward
 
 
+class Rotary:
+    """The rotary embedding of the positions that come next, in place; all layers of a step share its tables."""
+
+    def __init__(self, attention: SelfAttention) -> None:
+        self.size = attention.rotary_size
+        self._base = attention.rotary_base
+        self._cosine: Tensor
+        self._sine: Tensor
+        self._here: tuple[Tensor, Tensor]
+
+    def start(self, capacity: int, device: torch.device, dtype: torch.dtype) -> None:
+        """Makes tables [capacity, 1, 1, size]; the sine with the sign that the other half has in each half."""
+        cosine, sine = rotary_tables(capacity, self.size, self._base, device, dtype)
+        half = self.size // 2
+        self._cosine, self._sine = cosine[:, None, None], torch.cat((-sine[:, :half], sine[:, half:]), dim=1)[:, None, None]
+
+    def move_to(self, first: int, count: int) -> None:
+        """Chooses positions."""
+        self._here = self._cosine.narrow(0, first, count), self._sine.narrow(0, first, count)
+
+    def rotate_(self, heads: Tensor) -> None:
+        """Rotates [B, positions, groups, heads, head size] in place."""
+        rotated = heads[..., : self.size]
+        turned = rotated.roll(self.size // 2, -1)
+        cosine, sine = self._here
+        rotated.mul_(cosine).addcmul_(turned, sine)
+
+
 class CachedSelfAttention:
     """Self-attention of new positions to all positions so far."""
 
@@ -21,44 +49,42 @@ class CachedSelfAttention:
         self._index = index
         self._groups, self._queries = attention.local.groups, attention.local.queries
         self._head_size = attention.stack.head_size
-        self._rotary_size, self._rotary_base = attention.rotary_size, attention.rotary_base
         self._fused = dense_of(attention.query_key_value)
         self._dense = dense_of(attention.dense, sums_parts=True)
         self._query_norm, self._key_norm = attention.query_norm, attention.key_norm
 
-    def __call__(self, hidden: Tensor, cache: KeyValueCache, mask: Tensor | None) -> Tensor:
+    def __call__(self, hidden: Tensor, cache: KeyValueCache, rotary: Rotary, mask: Tensor | None) -> Tensor:
         """Attends.
 
         Args:
             hidden: [B, T, D].
             cache: receives the new positions.
+            rotary: at the new positions.
             mask: bool, broadcast to [B, heads, T, all positions]; None: causal.
         """
         rows, new, width = hidden.shape
         fused = self._fused(hidden.view(rows * new, width))
-        heads = fused.view(rows, new, self._groups, self._queries + 2, self._head_size).permute(0, 2, 3, 1, 4)
-        query, key, value = heads[:, :, :-2].flatten(1, 2), heads[:, :, -2], heads[:, :, -1]
-        if self._query_norm is not None and self._key_norm is not None:
-            query, key = self._query_norm(query), self._key_norm(key)
-        if self._rotary_size:
-            query, key = self._rotate(query, cache), self._rotate(key, cache)
-        keys, values = cache.append(self._index, key, value)
+        heads = fused.view(rows, new, self._groups, self._queries + 2, self._head_size)
+        self._normalize_(heads)
+        if rotary.size:
+            rotary.rotate_(heads[..., : self._queries + 1, :])
+        keys, values = cache.append(self._index, heads[..., self._queries :, :].permute(3, 0, 2, 1, 4))
         # One new position sees all; several at the very beginning see what is before them.
-        causal = mask is None and new > 1
         context = F.scaled_dot_product_attention(
-            query, keys, values, attn_mask=mask, is_causal=causal, enable_gqa=self._queries > 1
+            heads[..., : self._queries, :].flatten(2, 3).transpose(1, 2),
+            keys,
+            values,
+            attn_mask=mask,
+            is_causal=mask is None and new > 1,
+            enable_gqa=self._queries > 1,
         )
         return self._dense(context.transpose(1, 2).reshape(rows * new, -1)).view(rows, new, -1)
 
-    def _rotate(self, states: Tensor, cache: KeyValueCache) -> Tensor:
-        """Rotates [B, heads, T, head size] by the positions that come next."""
-        tables = rotary_tables(cache.capacity, self._rotary_size, self._rotary_base, states.device, states.dtype)
-        here = slice(cache.length, cache.length + states.shape[2])
-        cos, sin = tables[0][here], tables[1][here]
-        rotated, passed = states[..., : self._rotary_size], states[..., self._rotary_size :]
-        first, second = rotated.chunk(2, dim=-1)
-        turned = torch.cat((-second, first), dim=-1)
-        return torch.cat((rotated * cos + turned * sin, passed), dim=-1)
+    def _normalize_(self, heads: Tensor) -> None:
+        if self._query_norm is not None and self._key_norm is not None:
+            query, key = heads[..., : self._queries, :], heads[..., self._queries, :]
+            query.copy_(self._query_norm(query))
+            key.copy_(self._key_norm(key))
 
 
 class CachedCrossAttention:
@@ -122,9 +148,9 @@ class CachedLayer:
         if self._cross_attention is not None:
             self._cross_attention.start_block(context)
 
-    def __call__(self, hidden: Tensor, cache: KeyValueCache, mask: Tensor | None) -> Tensor:
+    def __call__(self, hidden: Tensor, cache: KeyValueCache, rotary: Rotary, mask: Tensor | None) -> Tensor:
         """Maps new positions [B, T, D] to the same."""
-        attended = hidden + self._attention(self._attention_norm(hidden), cache, mask)
+        attended = hidden + self._attention(self._attention_norm(hidden), cache, rotary, mask)
         if self._cross_attention is not None:
             source = hidden if self._is_parallel else attended
             attended = attended + self._cross_attention(self._cross_attention_norm(source))
@@ -141,11 +167,13 @@ class CachedStack:
         self._shape = (len(layers), attention.local.groups, attention.stack.head_size)
         weight = layers[0].attention_norm.get_parameter("weight")
         self._dtype, self._device = weight.dtype, weight.device
+        self._rotary = Rotary(attention)
         self.cache: KeyValueCache
 
     def start(self, num_sequences: int, capacity: int) -> None:
         """Takes memory for so many sequences and positions."""
         self.cache = KeyValueCache(*self._shape, num_sequences, capacity, self._dtype, self._device)
+        self._rotary.start(capacity, self._device, self._dtype)
 
     def start_block(self, context: Tensor) -> None:
         """Takes the context vectors [B, K, D] of the next block."""
@@ -154,7 +182,8 @@ class CachedStack:
 
     def __call__(self, hidden: Tensor, mask: Tensor | None = None) -> Tensor:
         """Runs new positions [B, T, D] through all layers, and remembers them."""
+        self._rotary.move_to(self.cache.length, hidden.shape[1])
         for layer in self._layers:
-            hidden = layer(hidden, self.cache, mask)
+            hidden = layer(hidden, self.cache, self._rotary, mask)
         self.cache.advance(hidden.shape[1])
         return hidden

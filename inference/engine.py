@@ -12,7 +12,7 @@ from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_regi
 from torch import Tensor
 
 from inference.cached_layer import CachedStack
-from inference.dense import OutputMatrix
+from inference.dense import Dense
 from parallel.config import ModelConfig
 from parallel.decoder_layer import DecoderLayer
 from parallel.inputs import MicroBatch, ModelInputs, prepare_inputs
@@ -62,11 +62,11 @@ class Head:
 
     def __init__(self, output: OutputHead) -> None:
         self._norm = output.norm
-        self._matrix = OutputMatrix(output.head.weight)
+        self._matrix = Dense(output.head.weight)
         self._is_split = parallel_state.get_tensor_model_parallel_world_size() > 1
 
     def __call__(self, hidden: Tensor) -> Tensor:
-        """Hidden states [B, D] -> logits [B, V]; overwritten by the next call."""
+        """Hidden states [B, D] -> logits [B, V]."""
         logits = self._matrix(self._norm(hidden))
         if not self._is_split:
             return logits

@@ -25,27 +25,27 @@ class KeyValueCache:
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        shape = (num_layers, num_sequences, groups, capacity, head_size)
+        shape = (num_layers, 2, num_sequences, groups, capacity, head_size)
         self.length = 0
         self.capacity = capacity
-        self._keys = torch.empty(shape, dtype=dtype, device=device)
-        self._values = torch.empty(shape, dtype=dtype, device=device)
+        self._memory = torch.empty(shape, dtype=dtype, device=device)
+        self._layers = self._memory.unbind(0)
 
-    def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    def append(self, layer: int, keys_and_values: Tensor) -> tuple[Tensor, Tensor]:
         """Stores new positions of a layer behind those that all layers hold.
 
         Args:
             layer: number of the layer.
-            keys: [B, groups, new positions, head size].
-            values: the same.
+            keys_and_values: [2, B, groups, new positions, head size].
 
         Returns:
             Keys and values of all positions, [B, groups, length + new positions, head size].
         """
-        end = self.length + keys.shape[2]
-        self._keys[layer, :, :, self.length : end] = keys
-        self._values[layer, :, :, self.length : end] = values
-        return self._keys[layer, :, :, :end], self._values[layer, :, :, :end]
+        count = keys_and_values.shape[3]
+        memory = self._layers[layer]
+        memory.narrow(3, self.length, count).copy_(keys_and_values)
+        keys, values = memory.narrow(3, 0, self.length + count).unbind(0)
+        return keys, values
 
     def advance(self, positions: int) -> None:
         """Counts positions that all layers have stored."""
@@ -58,4 +58,4 @@ class KeyValueCache:
     @property
     def bytes(self) -> int:
         """Memory taken."""
-        return 2 * self._keys.nbytes
+        return self._memory.nbytes

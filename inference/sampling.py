@@ -10,6 +10,9 @@ from torch import Tensor
 
 from inference.errors import InferenceError
 
+# Logits whose maximum is found together.
+PART = 64
+
 
 class SamplingConfig(BaseModel):
     """How tokens are chosen."""
@@ -79,7 +82,7 @@ class Sampler:
             InferenceError: a logit is not a number.
         """
         # The largest value is not finite if any is NaN or infinite; -inf alone rules a token out.
-        highest, tokens = logits.max(dim=-1)
+        highest, tokens = most_likely(logits)
         if not bool(torch.isfinite(highest).all()):
             raise InferenceError("the model gives logits that are not finite; its weights are damaged or diverged")
         if not self._drawn:
@@ -96,6 +99,22 @@ class Sampler:
             config = self._configs[row]
             groups.setdefault((config.temperature, config.top_p, config.top_k), []).append(row)
         return groups
+
+
+def most_likely(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """The largest of logits [B, V] and its place; of equal ones the first.
+
+    In two steps, because on CPU torch finds a maximum six times as fast as a maximum and its place.
+    """
+    whole = logits.shape[-1] // PART * PART
+    parts = logits[:, :whole].unflatten(-1, (-1, PART)).amax(dim=-1)
+    if whole < logits.shape[-1]:
+        parts = torch.cat((parts, logits[:, whole:].amax(dim=-1, keepdim=True)), dim=-1)
+    highest, part = parts.max(dim=-1)
+    places = part[:, None] * PART + torch.arange(PART, device=logits.device)
+    # Places behind the last logit repeat it, and come after it.
+    inside = logits.gather(1, places.clamp_(max=logits.shape[-1] - 1)).argmax(dim=-1)
+    return highest, part * PART + inside
 
 
 def candidates(logits: Tensor, temperature: float, top_p: float, top_k: int | None) -> tuple[Tensor, Tensor | None]:
