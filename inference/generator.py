@@ -66,10 +66,11 @@ class Generator:
             sampling: how tokens are chosen; greedy by default. One for all: each prompt draws other numbers, by its
                 place among them. Or one for each prompt: then its seed alone decides.
             eos_id: a sequence ends with this token; None: none ends early.
-            on_token: called with the number of the prompt and each token as soon as it is known.
+            on_token: called with the number of the prompt and each token as soon as it is known; the sequence ends with
+                this token if it answers True.
 
         Returns:
-            The new tokens of each prompt: exactly max_new_tokens, or fewer and eos_id as the last.
+            The new tokens of each prompt: exactly max_new_tokens, or fewer, if eos_id or `on_token` ended them.
 
         Raises:
             InferenceError: a prompt is empty or holds an unknown id, or max_new_tokens is negative.

@@ -17,7 +17,7 @@ class RunningSequence:
         sampling: how they are chosen.
         numbers: random numbers of its own.
         eos_id: or the sequence ends with this token.
-        on_token: called with each token as soon as it is known.
+        on_token: called with each token as soon as it is known; the sequence ends if it answers True.
         tokens: new tokens so far.
         ended: whether there will be no more.
     """
@@ -37,8 +37,8 @@ class RunningSequence:
             return
         self.tokens.append(token)
         self.ended = token == self.eos_id or len(self.tokens) == self.max_new_tokens
-        if self.on_token is not None:
-            self.on_token(token)
+        if self.on_token is not None and self.on_token(token) is True:
+            self.ended = True
 
 
 def start_sequences(

@@ -224,6 +224,14 @@ def test_tokens_are_told_as_they_come() -> None:
     assert [[token for place, token in told if place == one] for one in (0, 1)] == made
 
 
+def test_whoever_listens_may_end_a_sequence() -> None:
+    generator = Generator(small_stage(small_config()), PAD_ID)
+    prompts = [random_prompt(3), random_prompt(8)]
+    whole = generator.generate(prompts, 7)
+    ended = generator.generate(prompts, 7, on_token=lambda place, token: place == 1 and token == whole[1][2])
+    assert ended == [whole[0], whole[1][: whole[1].index(whole[1][2]) + 1]]
+
+
 @pytest.mark.parametrize("name", ["block", "vanilla", "Llama", "vanilla, multi-query", "MEGABYTE"])
 @pytest.mark.filterwarnings("ignore:prompt and new tokens")
 def test_the_cache_is_as_large_as_the_formula_says(name: str) -> None:
