@@ -19,7 +19,6 @@ from parallel.errors import ConfigurationError
 
 # A constant: the same files and limit give the same chunks.
 SAMPLING_SEED = 0
-DEFAULT_BATCH_TOKENS = 16_384
 
 
 @dataclass(frozen=True)

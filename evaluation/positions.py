@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from evaluation.documents import DEFAULT_BATCH_TOKENS, DocumentChunks
+from evaluation.documents import DocumentChunks
 from evaluation.plots import can_plot, figure
 from evaluation.result import EvaluationResult
 from evaluation.token_losses import token_losses
@@ -143,7 +143,7 @@ class PositionLoss(EvaluationResult):
             axis.set(xticks=list(places), xlabel="position in the block", ylabel="loss (nats per token)")
 
 
-def evaluate_positions(stage: Stage, chunks: DocumentChunks, batch_tokens: int = DEFAULT_BATCH_TOKENS) -> PositionLoss:
+def evaluate_positions(stage: Stage, chunks: DocumentChunks, batch_tokens: int) -> PositionLoss:
     """Measures the loss of every token of all chunks.
 
     Args:

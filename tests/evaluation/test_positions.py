@@ -118,7 +118,7 @@ def one_chunk() -> DocumentChunks:
 
 
 def test_results_are_shown_stored_and_drawn(tmp_path: Path) -> None:
-    result = evaluate_positions(small_stage(), one_chunk())
+    result = evaluate_positions(small_stage(), one_chunk(), batch_tokens=64)
     stored = json.dumps(result.to_json(), allow_nan=False)
     assert len(json.loads(stored)["by_position"]) == 60
     assert json.loads(stored)["loss"]["standard_error"] is None, "one chunk tells no error"
@@ -127,14 +127,14 @@ def test_results_are_shown_stored_and_drawn(tmp_path: Path) -> None:
     paths = result.draw(tmp_path)
     assert [path.name for path in paths] == ["positions.png", "positions_in_block.png"]
     assert all(path.read_bytes().startswith(PNG) for path in paths)
-    vanilla = evaluate_positions(small_stage("vanilla"), one_chunk())
+    vanilla = evaluate_positions(small_stage("vanilla"), one_chunk(), batch_tokens=64)
     assert [path.name for path in vanilla.draw(tmp_path)] == ["positions.png"]
 
 
 def test_without_matplotlib_there_are_numbers_and_a_hint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    result = evaluate_positions(small_stage(), one_chunk())
+    result = evaluate_positions(small_stage(), one_chunk(), batch_tokens=64)
     monkeypatch.setitem(__import__("sys").modules, "matplotlib.figure", None)
     plots.can_plot.cache_clear()
     assert result.draw(tmp_path) == result.draw(tmp_path) == []

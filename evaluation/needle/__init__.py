@@ -1,0 +1,1 @@
+"""Needle in a haystack: can the model find a number in a long text?"""
