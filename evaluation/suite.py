@@ -8,19 +8,26 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from checkpoints.trained_model import TrainedModel
 from data.streaming.stream import SequenceStream
 from data.tokenizer import Tokenizer
+from evaluation.harness.loading import LoadedTask, load_tasks
+from evaluation.harness.running import run_task
 from evaluation.language_modeling import evaluate_language_modeling
 from evaluation.padding import Padding, choose_padding
 from evaluation.result import EvaluationResult
 from evaluation.scoring import Scorer
 from evaluation.stage_scorer import DEFAULT_BATCH_TOKENS, StageScorer
+from evaluation.text_generation import TextGenerator
 from inference.generator import Generator
 from inference.tokenizer_choice import tokenizer_of
 from parallel.errors import ConfigurationError
 from parallel.stage import Stage
+
+if TYPE_CHECKING:
+    from evaluation.harness.adapter import HarnessModel
 
 
 @dataclass(frozen=True)
@@ -60,6 +67,10 @@ class EvaluationRequest:
         """The model's tokenizer; raises DataError or InferenceError without one that fits."""
         return tokenizer_of(self.trained.model, self.trained.data, self.options.tokenizer or self.trained.tokenizer)
 
+    def check_tokenizer(self) -> None:
+        """Finds the tokenizer now rather than later; raises as it does."""
+        assert self.tokenizer is not None
+
     @cached_property
     def padding(self) -> Padding | None:
         """How texts lie in blocks; raises ConfigurationError."""
@@ -84,6 +95,18 @@ class LoadedModel:
         """Continues prompts."""
         tokenizer = self.request.tokenizer
         return Generator(self.stage, tokenizer.eos_id, tokenizer.vocab_size)
+
+    @cached_property
+    def text_generator(self) -> TextGenerator:
+        """Continues texts."""
+        return TextGenerator(self.generator, self.request.tokenizer, self.request.options.batch_tokens)
+
+    @cached_property
+    def harness(self) -> "HarnessModel":
+        """What lm-eval sees of it; lm-eval must be installed."""
+        from evaluation.harness.adapter import HarnessModel
+
+        return HarnessModel(self.scorer, self.request.tokenizer, lambda: self.text_generator)
 
 
 Evaluation = Callable[[LoadedModel], EvaluationResult]
@@ -134,7 +157,19 @@ def prepare_evaluations(request: EvaluationRequest, names: Sequence[str]) -> lis
         DataError: A file is missing or wrong.
         InferenceError: The model has no tokenizer, or the given one does not fit.
     """
-    unknown = next((name for name in names if name not in OWN_EVALUATIONS), None)
-    if unknown is not None:
-        raise ConfigurationError(f"evaluation {unknown} is unknown; there are {', '.join(OWN_EVALUATIONS)}")
-    return [OWN_EVALUATIONS[name](request) for name in dict.fromkeys(names)]
+    tasks = [name for name in dict.fromkeys(names) if name not in OWN_EVALUATIONS]
+    evaluations = _prepare_tasks(request, tasks) if tasks else {}
+    evaluations |= {name: OWN_EVALUATIONS[name](request) for name in names if name in OWN_EVALUATIONS}
+    return [evaluations[name] for name in dict.fromkeys(names)]
+
+
+def _prepare_tasks(request: EvaluationRequest, names: Sequence[str]) -> dict[str, Evaluation]:
+    """Tasks of lm-eval by name."""
+    padding, limit = request.padding, request.options.limit
+    request.check_tokenizer()
+
+    def evaluation(task: LoadedTask) -> Evaluation:
+        return lambda model: run_task(model.harness, task, limit, padding)
+
+    tasks = load_tasks(names, request.options.task_data, tuple(OWN_EVALUATIONS))
+    return {task.name: evaluation(task) for task in tasks}
