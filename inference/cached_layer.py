@@ -28,11 +28,17 @@ class Rotary:
         """Makes tables [capacity, 1, 1, size]; the sine with the sign that the other half has in each half."""
         cosine, sine = rotary_tables(capacity, self.size, self._base, device, dtype)
         half = self.size // 2
-        self._cosine, self._sine = cosine[:, None, None], torch.cat((-sine[:, :half], sine[:, half:]), dim=1)[:, None, None]
+        self._cosine, self._sine = (
+            cosine[:, None, None],
+            torch.cat((-sine[:, :half], sine[:, half:]), dim=1)[:, None, None],
+        )
 
-    def move_to(self, first: int, count: int) -> None:
-        """Chooses positions."""
-        self._here = self._cosine.narrow(0, first, count), self._sine.narrow(0, first, count)
+    def move_to(self, cache: KeyValueCache, count: int) -> None:
+        """Chooses the positions that come next in a cache."""
+        if cache.position is not None:
+            self._here = self._cosine.index_select(0, cache.position), self._sine.index_select(0, cache.position)
+        else:
+            self._here = self._cosine.narrow(0, cache.length, count), self._sine.narrow(0, cache.length, count)
 
     def rotate_(self, heads: Tensor) -> None:
         """Rotates [B, positions, groups, heads, head size] in place."""
@@ -182,7 +188,7 @@ class CachedStack:
 
     def __call__(self, hidden: Tensor, mask: Tensor | None = None) -> Tensor:
         """Runs new positions [B, T, D] through all layers, and remembers them."""
-        self._rotary.move_to(self.cache.length, hidden.shape[1])
+        self._rotary.move_to(self.cache, hidden.shape[1])
         for layer in self._layers:
             hidden = layer(hidden, self.cache, self._rotary, mask)
         self.cache.advance(hidden.shape[1])

@@ -1,4 +1,4 @@
-"""Linear layers as inference wants them: plain matrices, packed for the products of few rows that decoding consists of."""
+"""Linear layers as inference wants them: plain matrices, packed for the products of few rows that decoding makes."""
 
 import torch
 import torch.distributed

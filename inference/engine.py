@@ -4,6 +4,7 @@ An engine holds the state of one batch; B sequences, N blocks, L block length, P
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import cast
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from inference.cached_layer import CachedStack
 from inference.dense import Dense
+from inference.kv_cache import KeyValueCache
 from parallel.config import ModelConfig
 from parallel.decoder_layer import DecoderLayer
 from parallel.inputs import MicroBatch, ModelInputs, prepare_inputs
@@ -20,6 +22,8 @@ from parallel.pieces import BlockOutput, OutputHead, VanillaInput
 from parallel.stage import Stage
 from parallel.structure import piece_names
 from parallel.token_inputs import BEGIN_ID, TokenInput
+
+Choice = Callable[[Tensor, int], Tensor]
 
 
 class Engine(ABC):
@@ -46,6 +50,27 @@ class Engine(ABC):
     @abstractmethod
     def append(self, tokens: Tensor) -> Tensor:
         """Appends a token [B] to each sequence; returns logits [B, V] of the token after it."""
+
+    @abstractmethod
+    def decode_unit(self, tokens: Tensor, choose: Choice) -> None:
+        """Makes a unit of tokens from the unit before, with no decision that depends on where in the text that is.
+
+        This is what CUDA graphs record; `growing_cache` must be fixed.
+
+        Args:
+            tokens: [B, unit_tokens], the newest tokens; overwritten by those that follow.
+            choose: the choice among logits [B, V] for a place in the unit.
+        """
+
+    @property
+    @abstractmethod
+    def unit_tokens(self) -> int:
+        """Tokens of a unit."""
+
+    @property
+    @abstractmethod
+    def growing_cache(self) -> KeyValueCache:
+        """The cache that grows with the text."""
 
     @property
     @abstractmethod
@@ -77,17 +102,23 @@ class Head:
 
 
 class _KeyMask:
-    """Which positions of the global decoder are real; None as long as all are."""
+    """Which positions of the global decoder may be attended to; None as long as all may."""
 
-    def __init__(self, real: Tensor, capacity: int) -> None:
+    def __init__(self, real: Tensor, cache: KeyValueCache) -> None:
+        self._cache = cache
         self._real: Tensor | None = None
+        self._places = torch.arange(cache.capacity, device=real.device)
         if not bool(real.all()):
-            self._real = torch.ones(len(real), capacity, dtype=torch.bool, device=real.device)
+            self._real = torch.ones(len(real), cache.capacity, dtype=torch.bool, device=real.device)
             self._real[:, : real.shape[1]] = real
 
-    def of(self, length: int) -> Tensor | None:
-        """Mask [B, 1, 1, length] of one query behind so many keys."""
-        return None if self._real is None else self._real[:, None, None, :length]
+    def of_next(self) -> Tensor | None:
+        """Mask [B or 1, 1, 1, keys] of the position that comes next, itself included."""
+        cache = self._cache
+        if cache.position is None:
+            return None if self._real is None else self._real[:, None, None, : cache.length + 1]
+        present = (self._places[: cache.span] <= cache.position)[None, None, None]
+        return present if self._real is None else present & self._real[:, None, None, : cache.span]
 
 
 class BlockEngine(Engine):
@@ -105,6 +136,16 @@ class BlockEngine(Engine):
         self._block: list[Tensor] = []
 
     @property
+    def unit_tokens(self) -> int:
+        """A block."""
+        return self.config.block_length
+
+    @property
+    def growing_cache(self) -> KeyValueCache:
+        """The block decoder's."""
+        return self._blocks.cache
+
+    @property
     def cache_bytes(self) -> int:
         """See Engine."""
         return self._blocks.cache.bytes + self._tokens.cache.bytes
@@ -117,7 +158,7 @@ class BlockEngine(Engine):
         capacity = embedded.shape[1] + new_blocks
         self._blocks.start(len(embedded), capacity)
         self._tokens.start(len(embedded), self.config.local_length)
-        self._mask = _KeyMask(inputs.token_mask.any(dim=2), capacity)
+        self._mask = _KeyMask(inputs.token_mask.any(dim=2), self._blocks.cache)
         hidden = self._blocks(embedded.contiguous(), inputs.global_mask)
         return self._start_block(hidden[:, -1])
 
@@ -126,10 +167,20 @@ class BlockEngine(Engine):
         self._block.append(tokens)
         if len(self._block) < self.config.block_length:
             return self._token_step(tokens, len(self._block))
-        ids = torch.stack(self._block, dim=1)[:, None]
-        embedded = self._embedder(None, _real_inputs(ids)).transpose(0, 1)
-        hidden = self._blocks(embedded, self._mask.of(self._blocks.cache.length + 1))
-        return self._start_block(hidden[:, -1])
+        return self._block_step(torch.stack(self._block, dim=1))
+
+    def decode_unit(self, tokens: Tensor, choose: Choice) -> None:
+        """A block step and a token step for each token of the block; see Engine."""
+        logits = self._block_step(tokens)
+        for place in range(self.config.block_length):
+            tokens[:, place] = choose(logits, place)
+            if place + 1 < self.config.block_length:
+                logits = self._token_step(tokens[:, place], place + 1)
+
+    def _block_step(self, tokens: Tensor) -> Tensor:
+        """Logits [B, V] of the first token behind a block of tokens [B, L]."""
+        embedded = self._embedder(None, _real_inputs(tokens[:, None])).transpose(0, 1)
+        return self._start_block(self._blocks(embedded, self._mask.of_next())[:, -1])
 
     def _start_block(self, hidden: Tensor) -> Tensor:
         """Logits [B, V] of a block's first token, from the block decoder's last hidden states [B, D]."""
@@ -163,6 +214,16 @@ class VanillaEngine(Engine):
         self._mask: _KeyMask
 
     @property
+    def unit_tokens(self) -> int:
+        """As many as usual in a block, so that a graph is worth its launch."""
+        return 4
+
+    @property
+    def growing_cache(self) -> KeyValueCache:
+        """The only one."""
+        return self._layers.cache
+
+    @property
     def cache_bytes(self) -> int:
         """See Engine."""
         return self._layers.cache.bytes
@@ -172,13 +233,20 @@ class VanillaEngine(Engine):
         inputs = prepare_inputs(self.config, batch)
         capacity = batch.token_ids.shape[1] + max_new_tokens
         self._layers.start(len(batch.token_ids), capacity)
-        self._mask = _KeyMask(batch.mask, capacity)
+        self._mask = _KeyMask(batch.mask, self._layers.cache)
         return self._head(self._layers(self._input.embedding(batch.token_ids), inputs.global_mask)[:, -1])
 
     def append(self, tokens: Tensor) -> Tensor:
         """Adds a token; see Engine."""
         embedded: Tensor = self._input.embedding(tokens[:, None])
-        return self._head(self._layers(embedded, self._mask.of(self._layers.cache.length + 1))[:, -1])
+        return self._head(self._layers(embedded, self._mask.of_next())[:, -1])
+
+    def decode_unit(self, tokens: Tensor, choose: Choice) -> None:
+        """A token step for each token; see Engine."""
+        newest = tokens[:, -1]
+        for place in range(self.unit_tokens):
+            tokens[:, place] = choose(self.append(newest), place)
+            newest = tokens[:, place]
 
 
 def _real_inputs(ids: Tensor) -> ModelInputs:

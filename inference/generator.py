@@ -1,16 +1,19 @@
 """Generates token sequences from prompts."""
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
+from torch import Tensor
 
 from inference.engine import BlockEngine, Engine, VanillaEngine
 from inference.errors import InferenceError
 from inference.prompts import check_prompts, pad_prompts
 from inference.sampling import Sampler, SamplingConfig
 from inference.sequences import RunningSequence, start_sequences
+from inference.unit_graphs import UnitGraphs
 from parallel.cpu_adaptation import compute_device
+from parallel.inputs import MicroBatch
 from parallel.stage import Stage
 from parallel.structure import piece_names
 
@@ -24,12 +27,13 @@ class Generator:
             embeds it.
         vocab_size: tokens of the tokenizer; ids from it on only pad the tables and are never generated. By default all
             of the model's.
+        graphs: whether to decode in recorded CUDA graphs; by default on a GPU without tensor parallelism.
 
     Raises:
         InferenceError: the stage is of another layout, or an argument does not fit the model.
     """
 
-    def __init__(self, stage: Stage, pad_id: int, vocab_size: int | None = None) -> None:
+    def __init__(self, stage: Stage, pad_id: int, vocab_size: int | None = None, graphs: bool | None = None) -> None:
         config = stage.model_config
         if stage.names != piece_names(config):
             raise InferenceError("generation needs the whole model in one pipeline stage; build it with pipeline=1")
@@ -47,6 +51,8 @@ class Generator:
                     f"{name}={value} does not fit the model's vocabulary of {config.vocab_size}; "
                     "use the tokenizer the model was trained with"
                 )
+        is_alone = stage.config.tensor_model_parallel_size == 1
+        self._uses_graphs = compute_device().type == "cuda" and is_alone if graphs is None else graphs
         self._warned = False
         self._engine: Engine = BlockEngine(stage) if config.is_block else VanillaEngine(stage)
 
@@ -93,17 +99,29 @@ class Generator:
 
     def _continue(self, sequences: list[RunningSequence], max_new_tokens: int) -> None:
         """Runs a batch until every sequence has ended; sequence i has slot i of the engine."""
-        sampler = Sampler([one.sampling for one in sequences], [one.numbers for one in sequences])
-        prompts = [one.prompt for one in sequences]
-        batch = pad_prompts(prompts, self.stage.model_config.unit_length, self.pad_id, compute_device())
-        logits = self._engine.process_prompts(batch, max_new_tokens)
-        while True:
-            tokens = sampler.choose(logits[:, : self.vocab_size])
-            for sequence, token in zip(sequences, tokens.tolist(), strict=True):
-                sequence.add(token)
+        device = compute_device()
+        sampler = Sampler([one.sampling for one in sequences], [one.numbers for one in sequences], device)
+        batch = pad_prompts([one.prompt for one in sequences], self.stage.model_config.unit_length, self.pad_id, device)
+        for tokens in self._tokens(batch, max_new_tokens, sampler):
+            for column in tokens.t().tolist():
+                for sequence, token in zip(sequences, column, strict=True):
+                    sequence.add(token)
             if all(sequence.ended for sequence in sequences):
                 return
-            logits = self._engine.append(tokens)
+
+    def _tokens(self, batch: MicroBatch, max_new_tokens: int, sampler: Sampler) -> Iterator[Tensor]:
+        """New tokens [B, count], as many at a time as are made at once, without end."""
+        engine, unit = self._engine, self._engine.unit_tokens
+        # A unit is made whole, even if the last tokens of the last one are not wanted.
+        room = -(-max_new_tokens // unit) * unit if self._uses_graphs else max_new_tokens
+        tokens = [sampler.choose(engine.process_prompts(batch, room)[:, : self.vocab_size])]
+        yield tokens[-1][:, None]
+        while not self._uses_graphs or len(tokens) < unit:
+            tokens = [*tokens[-unit:], sampler.choose(engine.append(tokens[-1])[:, : self.vocab_size])]
+            yield tokens[-1][:, None]
+        graphs = UnitGraphs(engine, sampler, torch.stack(tokens, dim=1), self.vocab_size)
+        while True:
+            yield graphs.next()
 
     def _warn_if_long(self, length: int) -> None:
         trained = self.stage.model_config.sequence_length

@@ -10,9 +10,14 @@ class KeyValueCache:
     That is 2 n D T values for a vanilla model, 2 n D T / L for a block decoder, 2 n D (P + L - 1) for a token decoder
     (paper section 2.4).
 
+    A CUDA graph cannot follow a number that Python counts: between `fix` and the next reset, one position at a time is
+    stored where a tensor says.
+
     Attributes:
         length: positions held so far.
         capacity: positions there is room for.
+        position: int64 [1], where the next position is stored; None outside of graphs.
+        span: positions that attention goes over in a graph; those beyond `position` need a mask.
     """
 
     def __init__(
@@ -28,6 +33,8 @@ class KeyValueCache:
         shape = (num_layers, 2, num_sequences, groups, capacity, head_size)
         self.length = 0
         self.capacity = capacity
+        self.position: Tensor | None = None
+        self.span = 0
         self._memory = torch.empty(shape, dtype=dtype, device=device)
         self._layers = self._memory.unbind(0)
 
@@ -39,10 +46,14 @@ class KeyValueCache:
             keys_and_values: [2, B, groups, new positions, head size].
 
         Returns:
-            Keys and values of all positions, [B, groups, length + new positions, head size].
+            Keys and values of all positions, [B, groups, length + new positions, head size]; in a graph, of `span`.
         """
         count = keys_and_values.shape[3]
         memory = self._layers[layer]
+        if self.position is not None:
+            memory.index_copy_(3, self.position, keys_and_values)
+            keys, values = memory.narrow(3, 0, self.span).unbind(0)
+            return keys, values
         memory.narrow(3, self.length, count).copy_(keys_and_values)
         keys, values = memory.narrow(3, 0, self.length + count).unbind(0)
         return keys, values
@@ -50,6 +61,15 @@ class KeyValueCache:
     def advance(self, positions: int) -> None:
         """Counts positions that all layers have stored."""
         self.length += positions
+        if self.position is not None:
+            self.position.add_(positions)
+
+    def fix(self, span: int) -> None:
+        """Starts to store by a tensor, at the present length; what is behind is cleared, so that masks can hide it."""
+        self.span = span
+        if self.position is None:
+            self.position = torch.tensor([self.length], device=self._memory.device)
+            self._memory.narrow(4, self.length, self.capacity - self.length).zero_()
 
     def reset(self) -> None:
         """Forgets all positions; the memory stays."""

@@ -1,15 +1,15 @@
 """Matrices in oneDNN's packed layout, for products of few rows on CPU.
 
-torch.mm hands such products to a BLAS that is made for square ones: a head of 50,304 x 256 behind 8 rows takes it 3 to 13
-ms on two cores, by layout and transposition; oneDNN's packed product takes 1.9, and is as fast as any for 1 and for 4,096
-rows. torch (2.11 to 2.13) offers it to compiled graphs alone, through the two operators below, which have no public name.
+torch.mm hands such products to a BLAS that is made for square ones: a head of 50,304 x 256 behind 8 rows takes it 3 to
+13 ms on two cores, by layout and transposition; oneDNN's packed product takes 1.9, and is as fast as any for 1 and for
+4,096 rows. torch (2.11 to 2.13) offers it to compiled graphs alone, through two operators that have no public name.
 """
 
 import torch
 from torch import Tensor
 
-# Rows that the packed layout is chosen for. Measured: made for 8 to 256 rows, it serves any number of rows equally well;
-# made for one row, it is slow with more.
+# Rows that the packed layout is chosen for. Measured: made for 8 to 256 rows, it serves any number of rows equally
+# well; made for one row, it is slow with more.
 ROWS_OF_LAYOUT = 32
 
 
@@ -33,6 +33,6 @@ class PackedMatrix:
         self._packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), ROWS_OF_LAYOUT)
 
     def product(self, hidden: Tensor, bias: Tensor | None) -> Tensor:
-        """x W^T + b for x [rows, inputs]."""
+        """Maps x [rows, inputs] to x W^T + b."""
         result: Tensor = torch.ops.mkldnn._linear_pointwise(hidden, self._packed, bias, "none", [], "")
         return result

@@ -68,12 +68,20 @@ class Sampler:
     Args:
         configs: settings of each sequence.
         numbers: its random numbers.
+        device: where the logits will be.
     """
 
-    def __init__(self, configs: Sequence[SamplingConfig], numbers: Sequence[RandomNumbers]) -> None:
-        self._configs = configs
-        self._numbers = numbers
-        self._drawn = [row for row, config in enumerate(configs) if config.temperature > 0.0]
+    def __init__(
+        self, configs: Sequence[SamplingConfig], numbers: Sequence[RandomNumbers], device: torch.device
+    ) -> None:
+        self._numbers = {row: numbers[row] for row, config in enumerate(configs) if config.temperature > 0.0}
+        self._size = len(configs)
+        self._device = device
+        alike: dict[tuple[float, float, int | None], list[int]] = {}
+        for row in self._numbers:
+            config = configs[row]
+            alike.setdefault((config.temperature, config.top_p, config.top_k), []).append(row)
+        self._groups = [(settings, torch.tensor(rows, device=device)) for settings, rows in alike.items()]
 
     def choose(self, logits: Tensor) -> Tensor:
         """Chooses one token per row of logits [B, V]; returns int64 [B].
@@ -81,24 +89,42 @@ class Sampler:
         Raises:
             InferenceError: a logit is not a number.
         """
-        # The largest value is not finite if any is NaN or infinite; -inf alone rules a token out.
-        highest, tokens = most_likely(logits)
-        if not bool(torch.isfinite(highest).all()):
-            raise InferenceError("the model gives logits that are not finite; its weights are damaged or diverged")
-        if not self._drawn:
-            return tokens
-        for settings, rows in self._groups().items():
-            uniform = torch.tensor([self._numbers[row].draw() for row in rows], dtype=torch.float64)
-            tokens[rows] = _draw(*candidates(logits[rows], *settings), uniform.to(logits.device))
+        tokens, finite = self.select(logits, self.draw())
+        check_finite(finite)
         return tokens
 
-    def _groups(self) -> dict[tuple[float, float, int | None], list[int]]:
-        """Rows that draw in the same way."""
-        groups: dict[tuple[float, float, int | None], list[int]] = {}
-        for row in self._drawn:
-            config = self._configs[row]
-            groups.setdefault((config.temperature, config.top_p, config.top_k), []).append(row)
-        return groups
+    def draw(self) -> Tensor:
+        """The next random number of each sequence that needs one, fp64 [B], uniform in [0, 1)."""
+        if not self._numbers:
+            return torch.zeros(self._size, dtype=torch.float64, device=self._device)
+        drawn = [self._numbers[row].draw() if row in self._numbers else 0.0 for row in range(self._size)]
+        return torch.tensor(drawn, dtype=torch.float64).to(self._device)
+
+    def select(self, logits: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
+        """Chooses by given random numbers, without waiting for the device.
+
+        Args:
+            logits: [B, V].
+            uniform: from `draw`.
+
+        Returns:
+            Tokens int64 [B], and whether all logits are finite (-inf alone rules a token out).
+        """
+        # The largest value is not finite if any is NaN or infinite.
+        highest, tokens = most_likely(logits)
+        for settings, rows in self._groups:
+            tokens[rows] = _draw(*candidates(logits[rows], *settings), uniform[rows])
+        return tokens, torch.isfinite(highest).all()
+
+
+def check_finite(finite: Tensor) -> None:
+    """Looks at what Sampler.select says of the logits.
+
+    Raises:
+        InferenceError: one is not a number.
+    """
+    if not bool(finite):
+        raise InferenceError("the model gives logits that are not finite; its weights are damaged or diverged")
 
 
 def most_likely(logits: Tensor) -> tuple[Tensor, Tensor]:

@@ -15,7 +15,8 @@ CHI_SQUARE_LIMIT = {1: 10.83, 2: 13.82, 3: 16.27, 4: 18.47, 5: 20.52, 6: 22.46, 
 
 
 def sampler_of(config: SamplingConfig, count: int) -> Sampler:
-    return Sampler([config] * count, [RandomNumbers(config.seed, place) for place in range(count)])
+    numbers = [RandomNumbers(config.seed, place) for place in range(count)]
+    return Sampler([config] * count, numbers, torch.device("cpu"))
 
 
 def draw_counts(logits: torch.Tensor, config: SamplingConfig) -> np.ndarray:
@@ -135,7 +136,8 @@ def test_each_sequence_draws_in_its_own_way() -> None:
     logits = torch.tensor([1.0, 0.9, 0.8, -5.0]).expand(4000, -1)
     kinds = (SamplingConfig(), SamplingConfig(temperature=1.0, top_k=2), SamplingConfig(temperature=1.0))
     configs = [kinds[row % 3] for row in range(4000)]
-    tokens = Sampler(configs, [RandomNumbers(7, row) for row in range(4000)]).choose(logits)
+    numbers = [RandomNumbers(7, row) for row in range(4000)]
+    tokens = Sampler(configs, numbers, torch.device("cpu")).choose(logits)
     assert [set(tokens[kind::3].tolist()) - {3} for kind in range(3)] == [{0}, {0, 1}, {0, 1, 2}]
 
 
