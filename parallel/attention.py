@@ -1,5 +1,6 @@
 """Attention with the heads split over the tensor-parallel group: multi-head, grouped-query or multi-query."""
 
+import math
 from functools import lru_cache
 
 import torch
@@ -29,6 +30,24 @@ def apply_rotary(states: Tensor, size: int, base: float) -> Tensor:
     first, second = rotated.chunk(2, dim=-1)
     turned = torch.cat((-second, first), dim=-1)
     return torch.cat((rotated * cos + turned * sin, passed), dim=-1)
+
+
+def attention_weights(query: Tensor, key: Tensor, mask: Tensor | None) -> Tensor:
+    """Softmax of scaled products, for looking into a model: training never holds this matrix.
+
+    Args:
+        query: [batch, heads, length, head_size].
+        key: [batch, groups, keys, head_size]; each group serves as many consecutive heads.
+        mask: bool, broadcast to the result, True = may attend; None: everything.
+
+    Returns:
+        fp32 [batch, heads, length, keys].
+    """
+    key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
+    scores = query.float() @ key.float().transpose(2, 3) / math.sqrt(query.shape[3])
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -math.inf)
+    return scores.softmax(dim=-1)
 
 
 class LocalHeads:
@@ -112,6 +131,18 @@ class SelfAttention(nn.Module):
         output, _ = self.dense(context.reshape(rows, columns, -1))
         return output
 
+    def weights(self, hidden: Tensor, mask: Tensor | None) -> Tensor:
+        """What each position takes from each other one, for looking into a model; arguments as those of forward.
+
+        Returns:
+            fp32 [batch, heads, length, length], of this rank's heads; rows sum to 1.
+        """
+        fused, _ = self.query_key_value(hidden)
+        query, key, _ = self._heads(fused)
+        if mask is None:
+            mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device).tril()
+        return attention_weights(query, key, mask)
+
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
         return F.scaled_dot_product_attention(
             query, key, value, attn_mask=mask, is_causal=mask is None, enable_gqa=self.local.queries > 1
@@ -149,12 +180,22 @@ class CrossAttention(nn.Module):
 
     def forward(self, hidden: Tensor, context: Tensor) -> Tensor:
         """Tokens [batch, length, D] attend to all context vectors [batch, K, D] of their block."""
+        query, key, value = self._heads(hidden, context)
+        attended = F.scaled_dot_product_attention(query, key, value, enable_gqa=self.local.queries > 1)
+        output, _ = self.dense(attended.transpose(1, 2).flatten(2))
+        return output
+
+    def weights(self, hidden: Tensor, context: Tensor) -> Tensor:
+        """What each token takes from each context vector: fp32 [batch, heads, length, K]; see SelfAttention.weights."""
+        query, key, _ = self._heads(hidden, context)
+        return attention_weights(query, key, None)
+
+    def _heads(self, hidden: Tensor, context: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Query [batch, heads, length, head_size], key and value [batch, groups, K, head_size]."""
         query, _ = self.query(hidden)
         key_value, _ = self.key_value(context)
         batch, length, _ = query.shape
         query = query.view(batch, length, -1, self.stack.head_size).transpose(1, 2)
         key_value = key_value.view(batch, key_value.shape[1], self.local.groups, -1).transpose(1, 2)
         key, value = key_value.chunk(2, dim=-1)
-        attended = F.scaled_dot_product_attention(query, key, value, enable_gqa=self.local.queries > 1)
-        output, _ = self.dense(attended.transpose(1, 2).reshape(batch, length, -1))
-        return output
+        return query, key, value

@@ -25,7 +25,7 @@ class TokenInput(nn.Module):
         self.expansion = replicated(config.blocks.hidden_size, self.num_vectors * width, megatron)
         self.embedding = TokenEmbedding(config.vocab_size, width, megatron) if config.embeds_local_tokens else None
 
-    def _expand(self, context: Tensor) -> Tensor:
+    def expand(self, context: Tensor) -> Tensor:
         """Context embeddings [N, B, D] -> [N * B, vectors, width]."""
         expanded = self.expansion(context)
         return expanded.view(expanded.shape[0] * expanded.shape[1], self.num_vectors, -1)
@@ -42,7 +42,7 @@ class PrefixInput(TokenInput):
 
     def forward(self, hidden: Tensor, inputs: ModelInputs) -> Tensor:
         """Context embeddings [N, B, D] and targets [N * B, L] -> [N * B, P + L - 1, width]."""
-        prefix = self._expand(hidden)
+        prefix = self.expand(hidden)
         if self.embedding is None:  # one token per block, and a block's last token is never an input
             return prefix
         return torch.cat((prefix, self.embedding(inputs.targets[:, :-1])), dim=1)
@@ -54,7 +54,7 @@ class SummationInput(TokenInput):
     def forward(self, hidden: Tensor, inputs: ModelInputs) -> Tensor:
         """Context embeddings [N, B, D] and targets [N * B, L] -> [N * B, L, width]."""
         tokens = self._embed_shifted(inputs.targets)
-        return tokens + self._expand(hidden)[:, : tokens.shape[1]]
+        return tokens + self.expand(hidden)[:, : tokens.shape[1]]
 
 
 class CrossAttentionInput(TokenInput):
@@ -62,7 +62,7 @@ class CrossAttentionInput(TokenInput):
 
     def forward(self, hidden: Tensor, inputs: ModelInputs) -> Tensor:
         """Context embeddings [N, B, D] and targets [N * B, L] -> [N * B, L + L, width]."""
-        return torch.cat((self._embed_shifted(inputs.targets), self._expand(hidden)), dim=1)
+        return torch.cat((self._embed_shifted(inputs.targets), self.expand(hidden)), dim=1)
 
 
 def build_token_input(config: ModelConfig, megatron: TransformerConfig) -> TokenInput:

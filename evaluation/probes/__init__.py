@@ -1,0 +1,1 @@
+"""What the parts of a Block Transformer attend to and pass on."""
