@@ -13,10 +13,15 @@ from typing import TYPE_CHECKING
 from checkpoints.trained_model import TrainedModel
 from data.streaming.stream import SequenceStream
 from data.tokenizer import Tokenizer
+from evaluation.documents import DocumentChunks, chunk_length, read_chunks
 from evaluation.harness.loading import LoadedTask, load_tasks
 from evaluation.harness.running import run_task
 from evaluation.language_modeling import evaluate_language_modeling
+from evaluation.needle.evaluate import DEFAULT_SAMPLES, prepare_needle_test
 from evaluation.padding import Padding, choose_padding
+from evaluation.positions import evaluate_positions
+from evaluation.probes.attention import probe_attention
+from evaluation.probes.context_embeddings import check_context_embeddings, probe_context_embeddings
 from evaluation.result import EvaluationResult
 from evaluation.scoring import Scorer
 from evaluation.stage_scorer import DEFAULT_BATCH_TOKENS, StageScorer
@@ -28,6 +33,9 @@ from parallel.stage import Stage
 
 if TYPE_CHECKING:
     from evaluation.harness.adapter import HarnessModel
+
+# Means over attention and nearest tokens need less text than losses.
+PROBED_CHUNKS = 32
 
 
 @dataclass(frozen=True)
@@ -43,6 +51,13 @@ class EvaluationOptions:
         padding: lm-eval: one of PADDINGS.
         task_data: lm-eval: folder of local files; None: the tasks' data are downloaded.
         tokenizer: Tokenizer file instead of the recorded one.
+        documents: `positions`, `attention`, `context_embeddings`: text, in whole documents.
+        context_length: the same: tokens of the chunks that documents are cut into; None: the model's sequence length.
+        chunks: the same: at most so many of them; None: all for `positions`, some for the others.
+        haystack: `needle`: text that needles are hidden in.
+        needle_lengths: `needle`: tokens of the contexts; None: the usual ones up to the model's sequence length.
+        needle_samples: `needle`: for each prompt, length and depth.
+        needle_seed: `needle`: of the samples.
     """
 
     sequences: int = 256
@@ -53,6 +68,13 @@ class EvaluationOptions:
     padding: str = "auto"
     task_data: Path | None = None
     tokenizer: Path | None = None
+    documents: Path | None = None
+    context_length: int | None = None
+    chunks: int | None = None
+    haystack: Path | None = None
+    needle_lengths: Sequence[int] | None = None
+    needle_samples: int = DEFAULT_SAMPLES
+    needle_seed: int = 0
 
 
 @dataclass(frozen=True)
@@ -137,8 +159,68 @@ def prepare_validation(request: EvaluationRequest) -> Evaluation:
     )
 
 
+def prepare_positions(request: EvaluationRequest) -> Evaluation:
+    """Loss by position over long documents.
+
+    Raises:
+        ConfigurationError: There are no documents, or the context length does not fit the model.
+        DataError: The documents cannot be read, or none is long enough.
+    """
+    chunks = _chunks(request, "positions")
+    return lambda model: evaluate_positions(model.stage, chunks, request.options.batch_tokens)
+
+
+def prepare_needle(request: EvaluationRequest) -> Evaluation:
+    """Needle in a haystack.
+
+    Raises:
+        ConfigurationError: There is no haystack, or a context is too short.
+        DataError: The haystack cannot be read.
+    """
+    options = request.options
+    if options.haystack is None:
+        raise ConfigurationError("evaluation needle needs --haystack PATH: a file or folder of text to hide needles in")
+    test = prepare_needle_test(
+        request.trained.model,
+        request.tokenizer,
+        options.haystack,
+        options.needle_lengths,
+        options.needle_samples,
+        options.needle_seed,
+    )
+    return lambda model: test.run(model.generator, options.batch_tokens)
+
+
+def prepare_attention(request: EvaluationRequest) -> Evaluation:
+    """Attention maps; raises as prepare_positions."""
+    chunks = _chunks(request, "attention", PROBED_CHUNKS)
+    return lambda model: probe_attention(model.stage, chunks, request.options.batch_tokens)
+
+
+def prepare_context_embeddings(request: EvaluationRequest) -> Evaluation:
+    """Tokens nearest to context embeddings; raises as prepare_positions, and ConfigurationError for other models."""
+    check_context_embeddings(request.trained.model)
+    chunks = _chunks(request, "context_embeddings", PROBED_CHUNKS)
+    return lambda model: probe_context_embeddings(model.stage, request.tokenizer, chunks, request.options.batch_tokens)
+
+
+def _chunks(request: EvaluationRequest, name: str, limit: int | None = None) -> DocumentChunks:
+    """The documents of a request, in chunks; at most `limit` of them unless the user wants another number."""
+    options = request.options
+    if options.documents is None:
+        raise ConfigurationError(
+            f"evaluation {name} needs --documents PATH: a file or folder of long documents, such as whole books"
+        )
+    length = chunk_length(request.trained.model, options.context_length, "--context-length")
+    return read_chunks(options.documents, "--documents", request.tokenizer, length, options.chunks or limit)
+
+
 OWN_EVALUATIONS: dict[str, Preparation] = {
     "validation": prepare_validation,
+    "positions": prepare_positions,
+    "needle": prepare_needle,
+    "attention": prepare_attention,
+    "context_embeddings": prepare_context_embeddings,
 }
 
 

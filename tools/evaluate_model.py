@@ -20,12 +20,14 @@ import torch.distributed
 from checkpoints.errors import CheckpointError
 from checkpoints.trained_model import TrainedModel, find_trained_model
 from data.errors import DataError
+from evaluation.needle.evaluate import DEFAULT_SAMPLES, USUAL_LENGTHS
 from evaluation.padding import PADDINGS
 from evaluation.report import Report
 from evaluation.result import EvaluationResult
 from evaluation.stage_scorer import DEFAULT_BATCH_TOKENS
 from evaluation.suite import (
     OWN_EVALUATIONS,
+    PROBED_CHUNKS,
     EvaluationOptions,
     EvaluationRequest,
     LoadedModel,
@@ -76,6 +78,8 @@ def parse_arguments() -> argparse.Namespace:
         help=f"tokens per forward pass, but in validation (default {DEFAULT_BATCH_TOKENS})",
     )
     _add_validation(parser)
+    _add_documents(parser)
+    _add_needle(parser)
     _add_harness(parser)
     return parser.parse_args()
 
@@ -92,6 +96,44 @@ def _add_validation(parser: argparse.ArgumentParser) -> None:
         help="leave out the first N tokens of each sequence as targets; a vanilla model then predicts the same tokens "
         "as a Block Transformer with blocks of N (default 0)",
     )
+
+
+def _add_documents(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("positions, attention, context_embeddings").add_argument
+    add("--documents", type=Path, metavar="PATH", help="file or folder of long documents: .jsonl, .txt, .parquet")
+    add(
+        "--context-length",
+        type=positive,
+        metavar="N",
+        help="documents are cut into chunks of N tokens (default: the model's sequence length)",
+    )
+    add(
+        "--chunks",
+        type=positive,
+        metavar="N",
+        help=f"at most N chunks, a sample of all (default: all for positions, else {PROBED_CHUNKS})",
+    )
+
+
+def _add_needle(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("needle").add_argument
+    add("--haystack", type=Path, metavar="PATH", help="file or folder of texts that needles are hidden in")
+    add(
+        "--needle-lengths",
+        type=positive,
+        nargs="+",
+        metavar="N",
+        help=f"contexts of N tokens, answer included (default: {', '.join(map(str, USUAL_LENGTHS))}, of these all up "
+        "to the model's sequence length)",
+    )
+    add(
+        "--needle-samples",
+        type=positive,
+        default=DEFAULT_SAMPLES,
+        metavar="N",
+        help=f"needles for each prompt, length and depth (default {DEFAULT_SAMPLES})",
+    )
+    add("--needle-seed", type=int, default=0, metavar="N", help="another one hides other needles (default 0)")
 
 
 def _add_harness(parser: argparse.ArgumentParser) -> None:

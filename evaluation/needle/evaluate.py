@@ -124,7 +124,7 @@ def prepare_needle_test(
         DataError: The haystack is missing, empty or damaged.
     """
     if samples < 1:
-        raise ConfigurationError(f"--samples {samples} leaves nothing to ask; use 1 or more")
+        raise ConfigurationError(f"--needle-samples {samples} leaves nothing to ask; use 1 or more")
     known = [length for length in USUAL_LENGTHS if length <= model.sequence_length] or [model.sequence_length]
     chosen = tuple(dict.fromkeys(lengths or known))
     builder = PromptBuilder(tokenizer, model.unit_length, new_tokens, seed)

@@ -101,5 +101,5 @@ def test_usual_lengths_end_at_the_models(tokenizer: Tokenizer, haystack: Path) -
     assert lengths(8192) == (2048, 4096, 8192)
     with pytest.raises(ConfigurationError, match="--needle-lengths 64 is too short"):
         lengths(64)
-    with pytest.raises(ConfigurationError, match="--samples 0"):
+    with pytest.raises(ConfigurationError, match="--needle-samples 0"):
         prepare_needle_test(small_model(sequence_length=512), tokenizer, haystack, samples=0)
