@@ -3,6 +3,9 @@
 B sequences (for a token decoder, one block of each), T new positions, D width.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -142,8 +145,8 @@ class CachedLayer:
     def __init__(self, layer: DecoderLayer, index: int) -> None:
         self._is_parallel = layer.is_parallel
         self._attention_norm, self._feed_forward_norm = layer.attention_norm, layer.feed_forward_norm
-        self._attention = CachedSelfAttention(layer.attention, index)
-        self._feed_forward = CachedFeedForward(layer.feed_forward)
+        self._attention: Callable[..., Tensor] = CachedSelfAttention(layer.attention, index)
+        self._feed_forward: Callable[[Tensor], Tensor] = CachedFeedForward(layer.feed_forward)
         self._cross_attention: CachedCrossAttention | None = None
         if isinstance(layer, CrossAttentionLayer):
             self._cross_attention_norm = layer.cross_attention_norm
@@ -153,6 +156,11 @@ class CachedLayer:
         """Takes the context vectors [B, K, D] of the next block, if the layer reads any."""
         if self._cross_attention is not None:
             self._cross_attention.start_block(context)
+
+    def instrument(self, name: str, wrap: Callable[[str, Callable[..., Any]], Callable[..., Any]]) -> None:
+        """See CachedStack."""
+        self._attention = wrap(f"{name}, attention", self._attention)
+        self._feed_forward = wrap(f"{name}, feed-forward", self._feed_forward)
 
     def __call__(self, hidden: Tensor, cache: KeyValueCache, rotary: Rotary, mask: Tensor | None) -> Tensor:
         """Maps new positions [B, T, D] to the same."""
@@ -180,6 +188,11 @@ class CachedStack:
         """Takes memory for so many sequences and positions."""
         self.cache = KeyValueCache(*self._shape, num_sequences, capacity, self._dtype, self._device)
         self._rotary.start(capacity, self._device, self._dtype)
+
+    def instrument(self, name: str, wrap: Callable[[str, Callable[..., Any]], Callable[..., Any]]) -> None:
+        """Puts a wrapper around attention and feed-forward parts, under the name of the stack."""
+        for layer in self._layers:
+            layer.instrument(name, wrap)
 
     def start_block(self, context: Tensor) -> None:
         """Takes the context vectors [B, K, D] of the next block."""

@@ -5,7 +5,7 @@ An engine holds the state of one batch; B sequences, N blocks, L block length, P
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import cast
+from typing import Any, cast
 
 import torch
 from megatron.core import parallel_state
@@ -24,6 +24,7 @@ from parallel.structure import piece_names
 from parallel.token_inputs import BEGIN_ID, TokenInput
 
 Choice = Callable[[Tensor, int], Tensor]
+Wrapper = Callable[[str, Callable[..., Any]], Callable[..., Any]]
 
 
 class Engine(ABC):
@@ -33,7 +34,7 @@ class Engine(ABC):
         self.stage = stage
         self.config: ModelConfig = stage.model_config
         self.names = piece_names(self.config)
-        self._head = Head(cast(OutputHead, stage.piece(self.names[-1])))
+        self._head: Callable[[Tensor], Tensor] = Head(cast(OutputHead, stage.piece(self.names[-1])))
 
     @abstractmethod
     def process_prompts(self, batch: MicroBatch, max_new_tokens: int) -> Tensor:
@@ -71,6 +72,10 @@ class Engine(ABC):
     @abstractmethod
     def growing_cache(self) -> KeyValueCache:
         """The cache that grows with the text."""
+
+    def instrument(self, wrap: Wrapper) -> None:
+        """Puts a wrapper around each component that is called during generation."""
+        self._head = wrap("head", self._head)
 
     @property
     @abstractmethod
@@ -126,7 +131,7 @@ class BlockEngine(Engine):
 
     def __init__(self, stage: Stage) -> None:
         super().__init__(stage)
-        self._embedder = stage.piece("embedder")
+        self._embedder: Callable[..., Tensor] = stage.piece("embedder")
         self._blocks = self._stack("block_decoder")
         self._block_output = cast(BlockOutput, stage.piece("block_decoder.output"))
         self._input = cast(TokenInput, stage.piece("token_decoder.input"))
@@ -134,6 +139,13 @@ class BlockEngine(Engine):
         self._mask: _KeyMask
         self._vectors: Tensor
         self._block: list[Tensor] = []
+
+    def instrument(self, wrap: Wrapper) -> None:
+        """See Engine."""
+        super().instrument(wrap)
+        self._embedder = wrap("embedder", self._embedder)
+        self._blocks.instrument("block decoder", wrap)
+        self._tokens.instrument("token decoder", wrap)
 
     @property
     def unit_tokens(self) -> int:
@@ -212,6 +224,11 @@ class VanillaEngine(Engine):
         self._input = cast(VanillaInput, stage.piece("vanilla.input"))
         self._layers = self._stack("vanilla")
         self._mask: _KeyMask
+
+    def instrument(self, wrap: Wrapper) -> None:
+        """See Engine."""
+        super().instrument(wrap)
+        self._layers.instrument("layers", wrap)
 
     @property
     def unit_tokens(self) -> int:

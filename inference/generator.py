@@ -1,7 +1,9 @@
 """Generates token sequences from prompts."""
 
+import contextlib
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -88,9 +90,13 @@ class Generator:
         if sequences and max_new_tokens:
             self._warn_if_long(max(len(prompt) for prompt in prompts) + max_new_tokens)
             # Not inference_mode: the rotary tables made here are cached, and training could not use them.
-            with torch.no_grad():
+            with torch.no_grad(), _explained_memory_errors(len(sequences)):
                 self._continue(sequences, max_new_tokens)
         return [sequence.tokens for sequence in sequences]
+
+    def instrument(self, wrap: Callable[[str, Callable[..., Any]], Callable[..., Any]]) -> None:
+        """Puts a wrapper, which gets a name and the component, around each component of the model that is called."""
+        self._engine.instrument(wrap)
 
     @property
     def cache_bytes(self) -> int:
@@ -132,3 +138,14 @@ class Generator:
                 f"{trained}; expect worse text beyond that",
                 stacklevel=3,
             )
+
+
+@contextlib.contextmanager
+def _explained_memory_errors(num_sequences: int) -> Iterator[None]:
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise InferenceError(
+            f"{num_sequences} sequences at a time do not fit into the GPU's memory ({error}); generate fewer at a "
+            "time, or fewer tokens"
+        ) from None

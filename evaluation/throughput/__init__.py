@@ -1,0 +1,1 @@
+"""How fast a model generates, and how much memory that takes."""
