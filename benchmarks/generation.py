@@ -47,7 +47,7 @@ class Reference:
         prompt_seconds: until the first new token, if known.
     """
 
-    tokens_per_second: float | None
+    tokens_per_second: float
     prompt_seconds: float | None = None
 
 
@@ -58,15 +58,15 @@ class Protocol:
     Attributes:
         losses: configuration -> loss of the paper's table.
         settings: prompt and new tokens.
-        batch_sizes: of all points; the largest that fits is searched too on a GPU.
-        searches: whether it is.
+        batch_sizes: of all points.
+        largest: the largest batch size that fits is searched up to this; None: not searched.
         references: (configuration, setting, batch size or None for the largest) -> reference.
     """
 
     losses: dict[str, float]
     settings: tuple[Setting, ...]
     batch_sizes: tuple[int, ...]
-    searches: bool
+    largest: int | None
     references: dict[tuple[str, Setting, int | None], Reference]
 
 
@@ -75,7 +75,7 @@ ON_CPU = Protocol(
     losses={"block_main_b4_5": 3.578, "vanilla_31": 3.002},
     settings=(SHORT, LONG),
     batch_sizes=(1, 8, 32),
-    searches=False,
+    largest=None,
     references={
         ("block_main_b4_5", SHORT, 1): Reference(87),
         ("block_main_b4_5", SHORT, 8): Reference(362),
@@ -92,7 +92,7 @@ ON_GPU = Protocol(
     losses={"vanilla_160": 2.476, "vanilla_410": 2.224, "block_main_b4_300": 2.445, "block_main_b4_1.2b": 2.188},
     settings=(PREFILL_HEAVY, DECODE_HEAVY),
     batch_sizes=(1,),
-    searches=True,
+    largest=2**16,
     references={
         ("vanilla_160", PREFILL_HEAVY, None): Reference(2.3e3),
         ("vanilla_160", DECODE_HEAVY, None): Reference(6.2e3),
@@ -128,19 +128,13 @@ def comparison(protocol: Protocol, records: list[Record]) -> list[str]:
         measured = find(records, name, setting, size)
         if measured is None:
             continue
-        speed = measured.tokens_per_second if protocol.searches else measured.decoding_tokens_per_second
-        cells = [name, str(setting), str(measured.batch_size), f"{speed:,.0f}"]
-        cells += ratio(reference.tokens_per_second, f"{reference.tokens_per_second:,.0f}", speed)
+        speed = measured.tokens_per_second if protocol.largest else measured.decoding_tokens_per_second
+        known, seconds = reference.tokens_per_second, reference.prompt_seconds
+        cells = [name, str(setting), str(measured.batch_size), f"{speed:,.0f}", f"{known:,.0f}", f"{speed / known:.1f}"]
         cells.append(f"{measured.prompt_seconds:.3f}")
-        known = reference.prompt_seconds
-        cells += ["", ""] if known is None else ratio(1 / known, f"{known:.2f}", 1 / measured.prompt_seconds)
+        cells += ["", ""] if seconds is None else [f"{seconds:.2f}", f"{seconds / measured.prompt_seconds:.1f}"]
         rows.append("| " + " | ".join(cells) + " |")
     return rows
-
-
-def ratio(reference: float | None, shown: str, value: float) -> list[str]:
-    """The reference, and how many times as fast the value is."""
-    return ["", ""] if reference is None else [shown, f"{value / reference:.1f}"]
 
 
 def find(records: list[Record], name: str, setting: Setting, size: int | None) -> Measurement | None:
@@ -163,12 +157,37 @@ def block_to_vanilla(protocol: Protocol, records: list[Record]) -> list[str]:
     for name in protocol.losses.keys() - vanilla.keys():
         closest = min(vanilla, key=lambda other: abs(vanilla[other] - protocol.losses[name]))
         for setting in protocol.settings:
-            for size in (*protocol.batch_sizes, *([None] if protocol.searches else [])):
+            for size in (*protocol.batch_sizes, *([None] if protocol.largest else [])):
                 pair = [find(records, one, setting, size) for one in (name, closest)]
                 if pair[0] is not None and pair[1] is not None:
                     times = pair[0].tokens_per_second / pair[1].tokens_per_second
                     lines.append(f"{name} / {closest}, {setting}, batch {size or 'best'}: {times:.2f}")
     return sorted(lines)
+
+
+def run_protocol(protocol: Protocol, device: torch.device, dtype: torch.dtype, repeats: int, output: Path) -> list[str]:
+    """Measures; returns the report. The model-parallel topology must be initialized."""
+    records = RecordFile(output / "throughput.csv")
+    limits = measure_device_limits(device, dtype)
+    study = Study(limits, records, repeats, tell=lambda line: print(line, file=sys.stderr, flush=True))
+    report = [limits.describe()]
+    models = [candidate(name, loss, dtype) for name, loss in protocol.losses.items()]
+    for model in models:
+        splits = study.run(model, protocol.settings, protocol.batch_sizes, 1)
+        if protocol.largest:
+            splits = study.run(model, protocol.settings, None, protocol.largest)
+        report += ["", *walltime_table(model.name, splits)]
+    found = list(records.records.values())
+    draw_throughput(output, found, models, limits)
+    return [
+        *report,
+        "",
+        *measurement_table(found),
+        "",
+        *comparison(protocol, found),
+        "",
+        *block_to_vanilla(protocol, found),
+    ]
 
 
 def main() -> None:
@@ -181,23 +200,13 @@ def main() -> None:
     protocol, dtype = (ON_GPU, torch.bfloat16) if device.type == "cuda" else (ON_CPU, torch.float32)
     torch.set_num_threads(2)
     arguments.output.mkdir(parents=True, exist_ok=True)
-    records = RecordFile(arguments.output / "throughput.csv")
-    limits = measure_device_limits(device, dtype)
-    print(limits.describe(), flush=True)
-    study = Study(limits, records, arguments.repeats, tell=lambda line: print(line, file=sys.stderr, flush=True))
     start_single_process()
-    report = [limits.describe()]
-    models = [candidate(name, loss, dtype) for name, loss in protocol.losses.items()]
-    for model in models:
-        study.run(model, protocol.settings, protocol.batch_sizes, 2**16)
-        splits = study.run(model, protocol.settings, None, 2**16) if protocol.searches else {}
-        report += ["", *walltime_table(model.name, splits)] if splits else []
-    torch.distributed.destroy_process_group()
-    found = list(records.records.values())
-    report += ["", *measurement_table(found), "", *comparison(protocol, found), "", *block_to_vanilla(protocol, found)]
+    try:
+        report = run_protocol(protocol, device, dtype, arguments.repeats, arguments.output)
+    finally:
+        torch.distributed.destroy_process_group()
     print("\n".join(report))
     (arguments.output / "results.md").write_text("\n".join(report) + "\n", encoding="utf-8")
-    draw_throughput(arguments.output, found, models, limits)
 
 
 if __name__ == "__main__":
