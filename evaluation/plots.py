@@ -61,7 +61,12 @@ class HeatMap(NamedTuple):
 
 
 def draw_heat_maps(
-    path: Path, maps: Sequence[HeatMap], row_label: str, column_label: str, limits: tuple[float, float] | None = None
+    path: Path,
+    maps: Sequence[HeatMap],
+    row_label: str,
+    column_label: str,
+    limits: tuple[float, float] | None = None,
+    logarithmic: bool = False,
 ) -> Path:
     """Draws heat maps side by side on one colour scale.
 
@@ -71,25 +76,31 @@ def draw_heat_maps(
         row_label: What rows are.
         column_label: What columns are.
         limits: Ends of the colour scale; by default those of the values.
+        logarithmic: Colours by the logarithm of the values; there must be one above 0.
 
     Returns:
         The file.
     """
+    from matplotlib.colors import LogNorm, Normalize
+
     shown = [np.asarray(one.values, dtype=float) for one in maps]
-    low, high = limits or (min(float(np.nanmin(one)) for one in shown), max(float(np.nanmax(one)) for one in shown))
-    with figure(path, len(maps), width=_width(maps), height=max(2.6, 1.6 + 0.3 * len(maps[0].rows))) as (drawn, axes):
+    every = np.concatenate([values[np.isfinite(values)] for values in shown])
+    low, high = limits or (float((every[every > 0] if logarithmic else every).min()), float(every.max()))
+    norm = (LogNorm if logarithmic else Normalize)(low, high)
+    # Wide enough for a title, and not wider than a page.
+    least, most = (4.8, 8.0) if len(maps) == 1 else (2.4, 4.0)
+    width = min(max(least, 1.2 + 0.4 * len(maps[0].columns)), most)
+    height = min(max(2.6, 1.6 + 0.3 * len(maps[0].rows)), 5.0)
+    with figure(path, len(maps), width, height) as (drawn, axes):
         for axis, one, values in zip(axes, maps, shown, strict=True):
-            image = axis.imshow(values, vmin=low, vmax=high, aspect="auto", cmap="viridis", interpolation="nearest")
-            axis.set(title=one.title, xlabel=column_label, ylabel=row_label)
+            image = axis.imshow(values, norm=norm, aspect="auto", cmap="viridis", interpolation="nearest")
+            axis.set(xlabel=column_label, ylabel=row_label)
+            axis.set_title(one.title, fontsize="medium")
             _name_ticks(axis.xaxis, one.columns)
             _name_ticks(axis.yaxis, one.rows)
             axis.tick_params(axis="x", rotation=45)
         drawn.colorbar(image, ax=axes)
     return path
-
-
-def _width(maps: Sequence[HeatMap]) -> float:
-    return min(max(3.2, 1.2 + 0.4 * len(maps[0].columns)), 10.0)
 
 
 def _name_ticks(axis: Any, names: Sequence[str]) -> None:

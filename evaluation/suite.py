@@ -94,6 +94,11 @@ class EvaluationRequest:
         assert self.tokenizer is not None
 
     @cached_property
+    def probed_chunks(self) -> DocumentChunks:
+        """Text for the probes; raises as prepare_positions."""
+        return _chunks(self, self.options.chunks or PROBED_CHUNKS)
+
+    @cached_property
     def padding(self) -> Padding | None:
         """How texts lie in blocks; raises ConfigurationError."""
         return choose_padding(self.options.padding, self.trained.model, self.trained.data)
@@ -166,7 +171,7 @@ def prepare_positions(request: EvaluationRequest) -> Evaluation:
         ConfigurationError: There are no documents, or the context length does not fit the model.
         DataError: The documents cannot be read, or none is long enough.
     """
-    chunks = _chunks(request, "positions")
+    chunks = _chunks(request, request.options.chunks)
     return lambda model: evaluate_positions(model.stage, chunks, request.options.batch_tokens)
 
 
@@ -193,26 +198,27 @@ def prepare_needle(request: EvaluationRequest) -> Evaluation:
 
 def prepare_attention(request: EvaluationRequest) -> Evaluation:
     """Attention maps; raises as prepare_positions."""
-    chunks = _chunks(request, "attention", PROBED_CHUNKS)
+    chunks = request.probed_chunks
     return lambda model: probe_attention(model.stage, chunks, request.options.batch_tokens)
 
 
 def prepare_context_embeddings(request: EvaluationRequest) -> Evaluation:
     """Tokens nearest to context embeddings; raises as prepare_positions, and ConfigurationError for other models."""
     check_context_embeddings(request.trained.model)
-    chunks = _chunks(request, "context_embeddings", PROBED_CHUNKS)
+    chunks = request.probed_chunks
     return lambda model: probe_context_embeddings(model.stage, request.tokenizer, chunks, request.options.batch_tokens)
 
 
-def _chunks(request: EvaluationRequest, name: str, limit: int | None = None) -> DocumentChunks:
-    """The documents of a request, in chunks; at most `limit` of them unless the user wants another number."""
+def _chunks(request: EvaluationRequest, limit: int | None) -> DocumentChunks:
+    """The documents of a request, in at most so many chunks."""
     options = request.options
     if options.documents is None:
         raise ConfigurationError(
-            f"evaluation {name} needs --documents PATH: a file or folder of long documents, such as whole books"
+            "evaluations of positions, attention and context_embeddings need --documents PATH: a file or folder of "
+            "long documents, such as whole books"
         )
     length = chunk_length(request.trained.model, options.context_length, "--context-length")
-    return read_chunks(options.documents, "--documents", request.tokenizer, length, options.chunks or limit)
+    return read_chunks(options.documents, "--documents", request.tokenizer, length, limit)
 
 
 OWN_EVALUATIONS: dict[str, Preparation] = {

@@ -146,18 +146,22 @@ class AttentionResult(EvaluationResult):
         heads = [str(index) for index in range(sink.shape[1])]
         by_distance = HeatMap(title, shares, layers, ["first", *names])
         first = HeatMap(f"{what}: weight on the first {short}", sink, layers, heads)
-        starts = [HeatMap(f"layer {index}", *_corner(self.everywhere[index])) for index in _some(self.everywhere)]
+        places = [str(place) for place in range(len(self.everywhere[0].corner))]
+        starts = [
+            HeatMap(f"layer {index}", _causal(self.everywhere[index].corner), places, places)
+            for index in _some(self.everywhere)
+        ]
         paths = [
             draw_heat_maps(folder / "attention_distance.png", [by_distance], "layer", f"distance in {short}s"),
             draw_heat_maps(folder / "attention_first.png", [first], "layer", "head"),
-            draw_heat_maps(folder / "attention_start.png", starts, f"from {short}", f"to {short}"),
+            draw_heat_maps(folder / "attention_start.png", starts, f"from {short}", f"to {short}", logarithmic=True),
         ]
         return paths + self._draw_local(folder)
 
     def _draw_local(self, folder: Path) -> list[Path]:
         names = self._position_names()
         shown = [(f"layer {index}", self.local[index]) for index in _some(self.local)]
-        maps = [HeatMap(title, np.array(layer.positions), names, names) for title, layer in shown]
+        maps = [HeatMap(title, _causal(layer.positions), names, names) for title, layer in shown]
         cross = [
             HeatMap(title, np.array(layer.context), names, [f"vector {k + 1}" for k in range(len(layer.context[0]))])
             for title, layer in shown
@@ -190,8 +194,6 @@ def _some(layers: Sequence[object]) -> list[int]:
     return sorted({round(place * (len(layers) - 1) / max(1, count - 1)) for place in range(count)})
 
 
-def _corner(layer: GlobalAttention) -> tuple[np.ndarray, list[str], list[str]]:
-    """The corner of a map, white where nobody may look, and names of its rows and columns."""
-    weights = np.array(layer.corner)
-    names = [str(index) for index in range(len(weights))]
-    return np.where(np.tri(len(weights), dtype=bool), weights, np.nan), names, names
+def _causal(weights: Sequence[Sequence[float]]) -> np.ndarray:
+    """A square map, white where nobody may look."""
+    return np.where(np.tri(len(weights), dtype=bool), np.array(weights), np.nan)

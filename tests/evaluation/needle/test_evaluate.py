@@ -32,6 +32,7 @@ def haystack(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_a_random_model_finds_nothing_and_all_is_reported(tmp_path: Path, tokenizer: Tokenizer, haystack: Path) -> None:
     model = small_model(sequence_length=512)
     test = prepare_needle_test(model, tokenizer, haystack, [320, 400], samples=2, depths=(0, 50, 100))
