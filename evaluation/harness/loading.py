@@ -97,12 +97,16 @@ def _load_local(name: str, folder: Path) -> LoadedTask:
 
 def _load(manager: Any, what: Any, name: str) -> Any:
     try:
-        return manager.load([what])
+        loaded = manager.load([what])
     except Exception as error:  # Tasks and dataset builders raise anything.
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise DataError(
             f"task {name} cannot be loaded ({reason}); check the network, or give local files with --task-data"
         ) from error
+    for one, task in loaded["tasks"].items():
+        if getattr(task, "UNSAFE_CODE", False) or getattr(task, "MULTIMODAL", False):
+            raise ConfigurationError(f"task {one} runs code that the model writes, or shows it images; leave it out")
+    return loaded
 
 
 @contextlib.contextmanager

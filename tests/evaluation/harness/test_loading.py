@@ -111,6 +111,12 @@ def test_names_of_lm_eval(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> No
     monkeypatch.setattr(TaskManager, "__init__", lambda self: build(self, **only_mine))
     with pytest.raises(ConfigurationError, match="my_onne is unknown; near it are my_one, my_other"):
         load_tasks(["my_onne"], None)
+    (tmp_path / "data.jsonl").write_text('{"q": "2 + 2 =", "a": "4"}\n')
+    code = {"dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(tmp_path / "data.jsonl")}}}
+    code |= {"task": "my_code", "test_split": "test", "doc_to_text": "{{q}}", "doc_to_target": "{{a}}"}
+    (tmp_path / "code.yaml").write_text(json.dumps(code | {"unsafe_code": True}))
+    with pytest.raises(ConfigurationError, match="task my_code runs code"):
+        load_tasks(["my_code"], None)
     with pytest.raises(DataError, match=r"task my_one cannot be loaded \(.*give local files with --task-data"):
         load_tasks(["my_one"], None)
 
