@@ -56,6 +56,7 @@ class PositionLoss(EvaluationResult):
         by_position: means of the positions L to S - 1; nothing predicts the first block.
         bins: ranges of positions, of whole blocks, about two an octave.
         gain: loss of the first quarter of the predicted blocks less that of the last: what a long context is worth.
+        per_doubling: change of the loss with each doubling of the number of blocks before, by least squares.
         in_block: by position in the block; one value for vanilla models.
     """
 
@@ -67,6 +68,7 @@ class PositionLoss(EvaluationResult):
     by_position: tuple[float, ...]
     bins: tuple[Bin, ...]
     gain: Estimate
+    per_doubling: Estimate
     in_block: tuple[Estimate, ...]
 
     @property
@@ -81,6 +83,7 @@ class PositionLoss(EvaluationResult):
             f"loss                   {self.loss} nats per token",
             f"perplexity             {self.perplexity:.3f}",
             f"gain over the context  {self.gain} (first quarter of the positions less the last)",
+            f"for each doubling      {self.per_doubling} (slope over the logarithm of the position)",
         ]
         lines += [f"positions {one.first:6,} - {one.last:6,}  {one.loss}" for one in self.bins]
         if self.block_length > 1:
@@ -89,7 +92,12 @@ class PositionLoss(EvaluationResult):
 
     def scalars(self) -> dict[str, float]:
         """See EvaluationResult."""
-        scalars = {"loss": self.loss.mean, "perplexity": self.perplexity, "gain": self.gain.mean}
+        scalars = {
+            "loss": self.loss.mean,
+            "perplexity": self.perplexity,
+            "gain": self.gain.mean,
+            "per_doubling": self.per_doubling.mean,
+        }
         if self.block_length > 1:
             scalars |= {f"in_block/{index}": one.mean for index, one in enumerate(self.in_block, start=1)}
         return scalars
@@ -106,6 +114,7 @@ class PositionLoss(EvaluationResult):
             "loss": self.loss.to_json(),
             "perplexity": self.perplexity,
             "gain": self.gain.to_json(),
+            "per_doubling": self.per_doubling.to_json(),
             "bins": [{"first": one.first, "last": one.last, **one.loss.to_json()} for one in self.bins],
             "by_position_in_block": [one.to_json() for one in self.in_block],
             "first_position": self.block_length,
@@ -156,13 +165,13 @@ def evaluate_positions(stage: Stage, chunks: DocumentChunks, batch_tokens: int) 
     edges = bin_edges(units)
     device = next(stage.parameters()).device
     total = np.zeros(chunks.length - unit)
-    rows: list[np.ndarray] = []  # of each chunk: means of the bins, the first and last quarter, positions in the block
+    rows: list[np.ndarray] = []
     for batch in chunks.batches(batch_tokens, device):
         losses = token_losses(stage, batch).double().cpu().numpy()
         total += losses.sum(axis=0)
-        rows.append(_chunk_means(losses.reshape(len(losses), units - 1, unit), edges))
-    means = np.concatenate(rows)
-    binned, quarters, in_block = np.split(means, [len(edges) - 1, len(edges) + 1], axis=1)
+        rows.append(_chunk_values(losses.reshape(len(losses), units - 1, unit), edges))
+    bins = len(edges) - 1
+    binned, trends, in_block = np.split(np.concatenate(rows), [bins, bins + 2], axis=1)
     estimates = [Estimate.over(column) for column in binned.T]
     return PositionLoss(
         chunks=chunks,
@@ -173,7 +182,8 @@ def evaluate_positions(stage: Stage, chunks: DocumentChunks, batch_tokens: int) 
             Bin(first * unit, stop * unit - 1, estimate)
             for (first, stop), estimate in zip(itertools.pairwise(edges), estimates, strict=True)
         ),
-        gain=Estimate.over(quarters[:, 0] - quarters[:, 1]),
+        gain=Estimate.over(trends[:, 0]),
+        per_doubling=Estimate.over(trends[:, 1]),
         in_block=tuple(Estimate.over(column) for column in in_block.T),
     )
 
@@ -184,10 +194,18 @@ def bin_edges(units: int) -> list[int]:
     return [*sorted(edge for edge in edges if edge < units), units]
 
 
-def _chunk_means(losses: np.ndarray, edges: Sequence[int]) -> np.ndarray:
-    """Means of each chunk's losses [chunks, units - 1, L]: of bins, first and last quarter, and places in the block."""
+def _chunk_values(losses: np.ndarray, edges: Sequence[int]) -> np.ndarray:
+    """What is averaged over chunks, of each chunk's losses [chunks, units - 1, L].
+
+    Returns:
+        [chunks, bins + 2 + L]: means of bins; first quarter less last; slope per doubling; means by place in the block.
+    """
     by_unit = losses.mean(axis=2)  # of the units 1 and on
     quarter = max(1, by_unit.shape[1] // 4)
-    parts = [by_unit[:, first - 1 : stop - 1] for first, stop in itertools.pairwise(edges)]
-    parts += [by_unit[:, :quarter], by_unit[:, -quarter:]]
-    return np.concatenate((np.stack([part.mean(axis=1) for part in parts], axis=1), losses.mean(axis=1)), axis=1)
+    binned = [by_unit[:, first - 1 : stop - 1].mean(axis=1) for first, stop in itertools.pairwise(edges)]
+    gain = by_unit[:, :quarter].mean(axis=1) - by_unit[:, -quarter:].mean(axis=1)
+    doublings = np.log2(np.arange(1, by_unit.shape[1] + 1))
+    doublings -= doublings.mean()
+    # A chunk of two units has one predicted unit, and no slope.
+    slope = by_unit @ doublings / max(float(doublings @ doublings), 1e-12)
+    return np.concatenate((np.stack([*binned, gain, slope], axis=1), losses.mean(axis=1)), axis=1)

@@ -103,6 +103,10 @@ def test_every_position_equals_a_slow_computation(
     quarter = (72 // length - 1) // 4 * length
     gains = slow[:, :quarter].mean(axis=1) - slow[:, -quarter:].mean(axis=1)
     assert result.gain.mean == pytest.approx(gains.mean(), abs=1e-6)
+    by_block = slow.reshape(7, -1, length).mean(axis=2)
+    slopes = [np.polyfit(np.log2(np.arange(1, 72 // length)), one, 1)[0] for one in by_block]
+    assert result.per_doubling.mean == pytest.approx(np.mean(slopes), abs=1e-6)
+    assert result.per_doubling.error == pytest.approx(np.std(slopes, ddof=1) / math.sqrt(7), abs=1e-6)
 
 
 def test_bins_cover_every_unit_once() -> None:
