@@ -50,10 +50,9 @@ class _GlobalLayer:
         for index in range(hidden.shape[1]):  # one sequence at a time: its map is large enough
             weights = attention.weights(hidden[:, index : index + 1], mask)[0]
             mean = weights.mean(dim=0)
-            rest = mean[1:, 1:]
             self._first.add(weights[:, 1:, 0].mean(dim=1), 1)
             self._corner.add(mean[:CORNER, :CORNER], 1)
-            self._by_distance.add(torch.stack([rest.diagonal(-back).mean() for back in range(len(rest))]), 1)
+            self._by_distance.add(_diagonal_means(mean[1:, 1:]), 1)
 
     def result(self) -> GlobalAttention:
         return GlobalAttention(self._first.result(), self._by_distance.result(), self._corner.result())
@@ -112,6 +111,16 @@ def probe_attention(stage: Stage, chunks: DocumentChunks, batch_tokens: int) -> 
         everywhere=tuple(layer.result() for layer in everywhere.values()),
         local=tuple(layer.result() for layer in local.values()),
     )
+
+
+def _diagonal_means(weights: Tensor) -> Tensor:
+    """Means of the diagonals of a causal map [N, N], from the main one downwards: fp64 [N]."""
+    size = len(weights)
+    places = torch.arange(size, device=weights.device)
+    distances = (places[:, None] - places).clamp(min=0)  # above the main diagonal all weights are 0
+    sums = weights.new_zeros(size, dtype=torch.float64)
+    sums.index_add_(0, distances.flatten(), weights.double().flatten())
+    return sums / (size - places)
 
 
 def _leading_names(stage: Stage) -> tuple[str, ...]:
