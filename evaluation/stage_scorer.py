@@ -1,7 +1,6 @@
 """Scores texts with a model that is one stage."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from itertools import chain
 
 import torch
@@ -9,8 +8,9 @@ from torch import Tensor
 
 from evaluation.padding import Padding, TextLayout
 from evaluation.scoring import Score, ScoredText
+from evaluation.text_batches import PlacedText, padded_batch, place_texts
 from parallel.errors import ConfigurationError
-from parallel.inputs import MicroBatch, prepare_inputs
+from parallel.inputs import prepare_inputs
 from parallel.pieces import OutputHead
 from parallel.stage import Stage
 from parallel.structure import piece_names
@@ -20,25 +20,8 @@ DEFAULT_BATCH_TOKENS = 16384
 LOGIT_ROWS = 1024
 
 
-@dataclass(frozen=True)
-class _Text:
-    """A request: its place among them, its tokens as far as they fit, and the first token that is scored."""
-
-    place: int
-    token_ids: Sequence[int]
-    first: int
-
-    @property
-    def targets(self) -> Sequence[int]:
-        """The scored tokens."""
-        return self.token_ids[self.first :]
-
-
 class StageScorer:
     """A Scorer; under tensor parallelism all its ranks make the same calls together and get the same scores.
-
-    Texts are sorted by length and padded on the right, which nothing before sees: attention is causal, and no position
-    of a padded block is scored.
 
     Args:
         stage: The whole model, built without sequence parallelism.
@@ -75,25 +58,19 @@ class StageScorer:
     ) -> list[Score]:
         """Scores texts, see Scorer."""
         scores = [Score(0.0, False, 0)] * len(requests)
-        texts = [self._text(place, request) for place, request in enumerate(requests)]
-        scored = [text for text in texts if text.targets]
-        on_progress(len(texts) - len(scored))
-        for batch in self._batches(scored):
+        texts = place_texts(requests, self.layout)
+        on_progress(len(requests) - len(texts))
+        for batch in self._batches(texts):
             for text, score in zip(batch, self._score_batch(batch), strict=True):
                 scores[text.place] = score
             on_progress(len(batch))
         return scores
 
-    def _text(self, place: int, request: ScoredText) -> _Text:
-        token_ids = [*request.context, *request.continuation][-self.layout.max_tokens :]
-        first = max(len(token_ids) - len(request.continuation), self.layout.first_predicted)
-        return _Text(place, token_ids, first)
-
-    def _batches(self, texts: list[_Text]) -> Iterator[list[_Text]]:
-        """Texts of about the same length; the longest first, so that memory runs out at once or not at all."""
-        batch: list[_Text] = []
+    def _batches(self, texts: list[PlacedText]) -> Iterator[list[PlacedText]]:
+        """Texts of about the same length."""
+        batch: list[PlacedText] = []
         slots = 0
-        for text in sorted(texts, key=lambda text: -len(text.token_ids)):
+        for text in texts:
             if batch and slots * (len(batch) + 1) > self._batch_tokens:
                 yield batch
                 batch = []
@@ -103,8 +80,10 @@ class StageScorer:
         if batch:
             yield batch
 
-    def _score_batch(self, texts: list[_Text]) -> list[Score]:
-        inputs = prepare_inputs(self.stage.model_config, self._padded(texts))
+    def _score_batch(self, texts: list[PlacedText]) -> list[Score]:
+        slots = self.layout.padded_length(len(texts[0].token_ids))
+        batch = padded_batch(texts, (len(texts), slots), self.layout, self._pad_id, self._device)
+        inputs = prepare_inputs(self.stage.model_config, batch)
         hidden = self.stage.run(None, inputs, self.stage.names[:-1])
         targets = torch.tensor(list(chain.from_iterable(text.targets for text in texts)), device=self._device)
         log_probabilities, are_greedy = self._evaluate(hidden[self._places(texts)], targets)
@@ -114,18 +93,7 @@ class StageScorer:
             for part, greedy in zip(log_probabilities.split(counts), are_greedy.split(counts), strict=True)
         ]
 
-    def _padded(self, texts: list[_Text]) -> MicroBatch:
-        slots = self.layout.padded_length(max(len(text.token_ids) for text in texts))
-        token_ids = torch.full((len(texts), slots), self._pad_id, dtype=torch.int64)
-        for row, text in enumerate(texts):
-            begin = self.layout.left_pads
-            token_ids[row, begin : begin + len(text.token_ids)] = torch.tensor(text.token_ids)
-        # Right pads count as real: then no mask is needed, and the fast kernels run.
-        mask = torch.ones_like(token_ids, dtype=torch.bool)
-        mask[:, : self.layout.left_pads] = False
-        return MicroBatch(token_ids.to(self._device), mask.to(self._device))
-
-    def _places(self, texts: list[_Text]) -> tuple[Tensor, Tensor]:
+    def _places(self, texts: list[PlacedText]) -> tuple[Tensor, Tensor]:
         """First and second index of the hidden states that predict the targets, text by text."""
         length = self.layout.block_length
         rows: list[int] = []

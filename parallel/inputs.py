@@ -23,11 +23,13 @@ class MicroBatch:
         mask: bool [B, S]; False marks padding.
         documents: int64 [B, S], equal for slots of one document, padding included: documents are kept apart; a block
             belongs to one document. None: a sequence is one text.
+        scores_greedy: the last piece also says whether each target is the most likely token.
     """
 
     token_ids: Tensor
     mask: Tensor
     documents: Tensor | None = None
+    scores_greedy: bool = False
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,7 @@ class ModelInputs:
         targets: int64 [N * B, L] or [S, B]: the token each output position predicts.
         target_mask: bool, as targets: False where there is nothing to predict.
         token_mask: bool, as token_ids: False marks padding.
+        scores_greedy: see MicroBatch.
     """
 
     token_ids: Tensor
@@ -49,6 +52,7 @@ class ModelInputs:
     targets: Tensor
     target_mask: Tensor
     token_mask: Tensor
+    scores_greedy: bool = False
 
 
 def count_targets(config: ModelConfig, batch: MicroBatch) -> Tensor:
@@ -68,11 +72,11 @@ def target_mask(config: ModelConfig, batch: MicroBatch) -> Tensor:
     first block (token) is left out too: what stands before it is of another document.
     """
     if batch.documents is None:
-        return _targets(config, batch.mask)
+        return as_targets(config, batch.mask)
     documents = _unit_documents(config, batch.documents)
     continues = torch.zeros_like(documents, dtype=torch.bool)
     continues[:, 1:] = documents[:, 1:] == documents[:, :-1]
-    return _targets(config, batch.mask & continues.repeat_interleave(config.unit_length, dim=1))
+    return as_targets(config, batch.mask & continues.repeat_interleave(config.unit_length, dim=1))
 
 
 def _unit_documents(config: ModelConfig, documents: Tensor) -> Tensor:
@@ -80,7 +84,7 @@ def _unit_documents(config: ModelConfig, documents: Tensor) -> Tensor:
     return documents[:, :: config.unit_length]
 
 
-def _targets(config: ModelConfig, values: Tensor) -> Tensor:
+def as_targets(config: ModelConfig, values: Tensor) -> Tensor:
     """Lays [B, S] out as targets: [N * B, L] for block models, [S, B] for vanilla; the last step is 0 (False)."""
     if not config.is_block:
         return _next(values).transpose(0, 1).contiguous()
@@ -94,10 +98,11 @@ def _block_inputs(config: ModelConfig, batch: MicroBatch) -> ModelInputs:
     return ModelInputs(
         token_ids=blocks,
         global_mask=_causal_mask(config, mask.any(dim=2), batch.documents),
-        local_mask=_local_mask(config, _targets(config, batch.mask), num_sequences=len(blocks)),
-        targets=_targets(config, batch.token_ids),
+        local_mask=_local_mask(config, as_targets(config, batch.mask), num_sequences=len(blocks)),
+        targets=as_targets(config, batch.token_ids),
         target_mask=target_mask(config, batch),
         token_mask=mask,
+        scores_greedy=batch.scores_greedy,
     )
 
 
@@ -106,9 +111,10 @@ def _vanilla_inputs(config: ModelConfig, batch: MicroBatch) -> ModelInputs:
         token_ids=batch.token_ids,
         global_mask=_causal_mask(config, batch.mask, batch.documents),
         local_mask=None,
-        targets=_targets(config, batch.token_ids),
+        targets=as_targets(config, batch.token_ids),
         target_mask=target_mask(config, batch),
         token_mask=batch.mask,
+        scores_greedy=batch.scores_greedy,
     )
 
 

@@ -10,6 +10,8 @@ With sequence parallelism, the first dimension is divided by the tensor-parallel
 
 from collections.abc import Callable
 
+import torch
+import torch.distributed
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region, vocab_parallel_cross_entropy
 from megatron.core.transformer import TransformerConfig
@@ -65,9 +67,16 @@ class OutputHead(nn.Module):
         )
 
     def forward(self, hidden: Tensor, inputs: ModelInputs) -> Tensor:
-        """Hidden states -> cross entropy per target, fp32, shape of inputs.targets."""
-        logits = self._local_logits(hidden[:, self.predicting])
-        return vocab_parallel_cross_entropy(logits.float(), inputs.targets)
+        """Hidden states -> cross entropy per target, fp32, shape of inputs.targets.
+
+        With inputs.scores_greedy it comes first of two, [2, ...]; second whether the target is the most likely token.
+        """
+        logits = self._local_logits(hidden[:, self.predicting]).float()
+        if not inputs.scores_greedy:
+            return vocab_parallel_cross_entropy(logits, inputs.targets)
+        # First, because the cross entropy overwrites the logits.
+        is_greedy = most_likely(logits) == inputs.targets
+        return torch.stack((vocab_parallel_cross_entropy(logits, inputs.targets), is_greedy.float()))
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Hidden states -> logits over the whole vocabulary, [N * B, L, V] or [S, B, V]."""
@@ -82,6 +91,25 @@ class OutputHead(nn.Module):
     def _local_logits(self, hidden: Tensor) -> Tensor:
         logits, _ = self.head(self.norm(hidden))
         return logits
+
+
+def most_likely(logits: Tensor) -> Tensor:
+    """Ids of the largest logits, the first of equal ones, as argmax over the whole vocabulary gives them.
+
+    Args:
+        logits: [..., V / TP], this tensor-parallel rank's part of the vocabulary.
+
+    Returns:
+        int64 [...], the same on all tensor-parallel ranks.
+    """
+    group = parallel_state.get_tensor_model_parallel_group()
+    largest, ids = logits.max(dim=-1)
+    ids += parallel_state.get_tensor_model_parallel_rank() * logits.shape[-1]
+    overall = largest.clone()
+    torch.distributed.all_reduce(overall, torch.distributed.ReduceOp.MAX, group=group)
+    ids = torch.where(largest == overall, ids, torch.iinfo(torch.int64).max)
+    torch.distributed.all_reduce(ids, torch.distributed.ReduceOp.MIN, group=group)
+    return ids
 
 
 def tie_head(output: nn.Module, table: nn.Module) -> None:

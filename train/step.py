@@ -11,7 +11,7 @@ from torch import Tensor
 
 from parallel.config import ModelConfig, ParallelConfig
 from parallel.inputs import MicroBatch, count_targets, target_mask
-from parallel.schedule import LossSums, loss_sums, masked_loss, run_schedule
+from parallel.schedule import Forward, LossSums, loss_sums, masked_loss, run_forward, run_schedule
 from parallel.stage import Stage
 from parallel.topology import sum_over_data_parallel
 from train.config import OptimizerConfig
@@ -90,8 +90,16 @@ class StepEngine:
     @torch.no_grad()
     def evaluate(self, micro_batches: Sequence[MicroBatch]) -> LossSums:
         """Losses of this data-parallel rank's micro-batches, without gradients."""
-        forward = self.engine if self.parallel.zero_stage == 3 else None
-        return run_schedule(self.stage, self.parallel, micro_batches, forward_only=True, forward=forward)
+        return run_schedule(self.stage, self.parallel, micro_batches, forward_only=True, forward=self._forward)
+
+    def token_scores(self, micro_batches: Sequence[MicroBatch]) -> list[Tensor]:
+        """What the last piece gives for this data-parallel rank's micro-batches; see parallel.schedule.run_forward."""
+        return run_forward(self.stage, self.parallel, micro_batches, self._forward)
+
+    @property
+    def _forward(self) -> Forward | None:
+        """What gathers the parameters of ZeRO 3."""
+        return self.engine if self.parallel.zero_stage == 3 else None
 
     def _global_count(self, micro_batches: Sequence[MicroBatch]) -> int:
         counts = [count_targets(self.model, batch) for batch in micro_batches]

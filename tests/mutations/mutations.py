@@ -279,16 +279,16 @@ MUTATIONS = (
     ),
     Mutation(
         "pads before a scored text count as tokens",
-        "evaluation/stage_scorer.py",
-        "mask[:, : self.layout.left_pads] = False",
-        "mask[:, : self.layout.left_pads] = True",
+        "evaluation/text_batches.py",
+        "mask[:, :begin] = False",
+        "mask[:, :begin] = True",
         "tests/evaluation/test_stage_scorer.py::test_scores_equal_those_of_one_text_at_a_time",
     ),
     Mutation(
         "a scored text that is too long keeps its beginning",
-        "evaluation/stage_scorer.py",
-        "[*request.context, *request.continuation][-self.layout.max_tokens :]",
-        "[*request.context, *request.continuation][: self.layout.max_tokens]",
+        "evaluation/text_batches.py",
+        "[*request.context, *request.continuation][-layout.max_tokens :]",
+        "[*request.context, *request.continuation][: layout.max_tokens]",
         "tests/evaluation/test_stage_scorer.py::test_long_texts_lose_their_beginning",
     ),
     Mutation(
