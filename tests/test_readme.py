@@ -105,6 +105,11 @@ def import_tokens(command: str, workspace: Path) -> None:
     assert "train: " in bash(command, workspace)
 
 
+def measure_shortened(command: str, workspace: Path) -> None:
+    table = bash(command + " --settings 8/3 --batch-sizes 2 --repeats 1", workspace)
+    assert "| mine-1 | 8/3 | 2 |" in table
+
+
 PREPARE = f"{PYTHON} tools/prepare_data.py --input"
 UPTRAIN = f"{PYTHON} tools/uptrain_from_vanilla.py --vanilla"
 CONVERT = f"{PYTHON} tools/convert_checkpoint.py"
@@ -137,6 +142,12 @@ COVERAGE: dict[str, Callable[[str, Path], None]] = {
     f"{PREPARE} pile/train-*.jsonl.zst --validation-input pile/validation.jsonl.zst "
     "--tokenizer tokenizer.json --output runs/pile/shards": run,
     f"{PYTHON} tools/pretrain.py {PAPER_CONFIG} --dry-run": run,
+    f"{PYTHON} tools/generate.py --checkpoint runs/mine-1 --prompt-file prompt.txt --max-new-tokens 64 --top-p 0.95 "
+    "--temperature 0.8 --stats": run,
+    f"{PYTHON} tools/evaluate_model.py --checkpoint runs/mine-1 --tasks positions lambada_openai "
+    "--documents corpus/validation.jsonl.zst --task-data tasks": run,
+    f"{PYTHON} tools/measure_throughput.py runs/mine-1 configs/paper/vanilla_31.yaml --settings 128/256 "
+    "--batch-sizes 1 8 32 --output runs/throughput": measure_shortened,
     f"{PYTHON} tools/inspect_data.py statistics runs/mine/shards": run,
     f"{PYTHON} tools/inspect_data.py step runs/mine-1 --step 2 --rank 0": run,
     f"{PYTHON} tools/import_megatron.py --input pile/tokens --validation-fraction 0.001 --tokenizer tokenizer.json "
@@ -187,6 +198,11 @@ def write_corpus(folder: Path) -> None:
         path = folder / f"{name}.jsonl.zst"
         path.parent.mkdir(exist_ok=True)
         path.write_bytes(zstandard.compress(json.dumps({"text": part}).encode()))
+    (folder / "prompt.txt").write_text(text[:100])
+    (folder / "tasks").mkdir()
+    (folder / "tasks" / "lambada_openai_test.jsonl").write_text(
+        json.dumps({"text": " ".join(text[:300].split())}) + "\n"
+    )
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = tokenizers.decoders.ByteLevel()
