@@ -17,13 +17,16 @@ Padding = Literal["left", "none"]
 PADDINGS = ("auto", "left", "none")
 
 
-def choose_padding(setting: str, model: ModelConfig, data: DataConfig | None) -> Padding | None:
+def choose_padding(
+    setting: str, model: ModelConfig, data: DataConfig | None, called: str = "--padding"
+) -> Padding | None:
     """The convention of a model: `auto` means left, if it has been trained with left padding or that is unknown.
 
     Args:
         setting: One of PADDINGS.
         model: Its settings.
         data: What it was trained on, if known.
+        called: What the user calls the setting.
 
     Returns:
         None for vanilla models.
@@ -33,7 +36,7 @@ def choose_padding(setting: str, model: ModelConfig, data: DataConfig | None) ->
     """
     if not model.is_block:
         if setting != "auto":
-            raise ConfigurationError(f"--padding {setting} is for block models, and this one is vanilla; leave it out")
+            raise ConfigurationError(f"{called} {setting} is for block models, and this one is vanilla; leave it out")
         return None
     if setting == "auto":
         pads_left = data is None or any(data.pads_left(source) for source in data.corpora.values())

@@ -3,6 +3,7 @@
 import os
 import sys
 from collections.abc import Sequence
+from functools import partial
 from typing import Literal
 
 from checkpoints.store import CheckpointStore
@@ -13,6 +14,7 @@ from slurm.known_jobs import check_not_in_slurm
 from slurm.leaving import keep_status
 from slurm.local import INTERRUPTED_STATUS, run_local
 from slurm.submission import submit
+from slurm.task_evaluation import prepare_tasks
 from slurm.training_job import TrainingJob
 from train.config import RunConfig
 from train.process import STOPPED_STATUS, ProcessIdentity
@@ -38,7 +40,7 @@ def launch(config: RunConfig, launcher: Launcher, wait: bool = False) -> int:
 
     Raises:
         ConfigurationError: the run cannot be started; before any process is.
-        DataError: its data cannot be read; likewise.
+        DataError: its data or that of its tasks cannot be read; likewise.
     """
     if launcher == "slurm":
         return launch_on_slurm([config], config.run.name, wait)
@@ -63,7 +65,7 @@ def launch(config: RunConfig, launcher: Launcher, wait: bool = False) -> int:
 def _train_inline(config: RunConfig, identity: ProcessIdentity) -> int:
     """Is one rank of a job that is there."""
     try:
-        result = train_rank(config, identity)
+        result = train_rank(config, identity, partial(prepare_tasks, config))
     except BaseException:
         keep_status()
         raise
@@ -121,8 +123,8 @@ def is_startable(directory: RunDirectory) -> bool:
     """Checks a run before any process is started; says so if there is nothing left to do.
 
     Raises:
-        ConfigurationError: its folder holds a run with other settings.
-        DataError: its data cannot be read.
+        ConfigurationError: its folder holds a run with other settings, or its tasks cannot be run.
+        DataError: its data or that of its tasks cannot be read.
     """
     directory.check()
     config = directory.config
@@ -130,6 +132,7 @@ def is_startable(directory: RunDirectory) -> bool:
         print(f"run {config.run.name} is complete at step {config.train.last_step}; nothing to do")
         return False
     check_data(config)
+    prepare_tasks(config)
     return True
 
 
@@ -140,4 +143,5 @@ def is_complete(config: RunConfig, directory: RunDirectory) -> bool:
     if not steps or steps[-1] < config.train.last_step:
         return False
     progress = store.at_step(steps[-1], verify=False).metadata.get("progress", {})
-    return not progress.get("validation_due", False)
+    wanted = {"validation_due": bool(config.validation.every), "tasks_due": bool(config.tasks.names)}
+    return not any(progress.get(name, False) for name, is_wanted in wanted.items() if is_wanted)

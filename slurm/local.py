@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any, BinaryIO
@@ -15,6 +16,7 @@ import submitit
 from parallel.errors import ConfigurationError
 from parallel.extensions import check_communication_op
 from slurm.identity import LOCAL_ADDRESS, free_port
+from slurm.task_evaluation import prepare_tasks
 from train.config import RunConfig
 from train.process import INTERACTIVE, STOPPED_STATUS, USER_ERROR_STATUS, ProcessIdentity, RankResult
 from train.run_directory import RunDirectory
@@ -42,7 +44,7 @@ def run_submitit_task(config: RunConfig, port: int, visible_gpus: str | None = N
         os.environ["CUDA_VISIBLE_DEVICES"] = visible_gpus
     job = submitit.JobEnvironment()
     identity = ProcessIdentity(job.global_rank, job.num_tasks, job.local_rank, job.num_tasks, LOCAL_ADDRESS, port)
-    return train_rank(config, identity)
+    return train_rank(config, identity, partial(prepare_tasks, config))
 
 
 def run_local(config: RunConfig, directory: RunDirectory) -> int:

@@ -5,6 +5,7 @@ import sys
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import submitit
 from submitit.helpers import DelayedSubmission
@@ -15,6 +16,7 @@ from parallel.errors import ConfigurationError
 from slurm.identity import identity_from_environment
 from slurm.leaving import keep_status
 from slurm.local import CRASH_STATUS
+from slurm.task_evaluation import prepare_tasks
 from train.config import RunConfig
 from train.process import USER_ERROR_STATUS, RankResult
 from train.worker import train_rank
@@ -57,7 +59,7 @@ class TrainingJob:
             assert identity is not None, "srun starts this"
             if self.prepare is not None:
                 self.prepare()
-            return train_rank(self.config, identity)
+            return train_rank(self.config, identity, partial(prepare_tasks, self.config))
         except (ConfigurationError, DataError, CheckpointError) as error:
             return RankResult(USER_ERROR_STATUS, str(error))
         except Exception:

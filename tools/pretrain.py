@@ -13,6 +13,7 @@ from checkpoints.errors import CheckpointError
 from data.errors import DataError
 from parallel.errors import ConfigurationError
 from slurm.sweep import sweep_runs
+from slurm.task_evaluation import prepare_tasks
 from tools.command_line import run
 from train.config_file import load_config
 from train.report import dry_run_report
@@ -69,6 +70,8 @@ def main() -> int:
     else:
         configs = sweep_runs(arguments.config, arguments.overrides, arguments.sweep)
     if arguments.dry_run:
+        for config in configs:
+            prepare_tasks(config)
         print("\n".join(map(dry_run_report, configs)))
         return 0
     from slurm.launch import launch, launch_sweep  # imports Submitit, which a dry run does not need

@@ -20,6 +20,7 @@ from checkpoints.uptraining.layer_assignment import METHODS
 from data.errors import DataError
 from parallel.errors import ConfigurationError
 from slurm.identity import identity_from_environment
+from slurm.task_evaluation import prepare_tasks
 from tools.command_line import exit_on_termination, run
 from train.config_file import load_config
 from train.report import dry_run_report
@@ -85,6 +86,8 @@ def main() -> int:
     if arguments.dry_run or not (runs[0].directory / FOLDER).is_dir():
         origins = check_source(vanilla, runs[0], options)
         if arguments.dry_run:
+            for one in runs:
+                prepare_tasks(one)
             print("\n".join(dry_run_report(one) for one in runs))
         if is_first:
             print("\n".join(f"{name} <- {origin}" for name, origin in origins), flush=True)

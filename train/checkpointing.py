@@ -42,7 +42,8 @@ class Progress:
         empty_sequences: of those consumed, how many bad shards would have held (data.bad_shards=skip).
         bad_shards: shards that were found bad and are left out for good.
         left_out: positions in the stream whose global batches are not read again after a roll-back.
-        validation_due: the validation after this step was interrupted.
+        validation_due: the validation after this step has not been done, or was interrupted.
+        tasks_due: so have the tasks.
         recent_losses: those against which a spike is measured.
     """
 
@@ -56,6 +57,7 @@ class Progress:
     bad_shards: tuple[BadShard, ...] = ()
     left_out: tuple[int, ...] = ()
     validation_due: bool = False
+    tasks_due: bool = False
     recent_losses: tuple[float, ...] = ()
 
 

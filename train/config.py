@@ -1,9 +1,9 @@
 """Settings of a run, composed of what each package owns."""
 
 from pathlib import Path
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from data.config import DataConfig
 from parallel.config import ModelConfig, ParallelConfig, check_layout
@@ -82,6 +82,35 @@ class ValidationConfig(BaseModel):
     sequences: int = Field(default=256, ge=1, description="Sequences per validation, at most the whole split.")
 
 
+class TasksConfig(BaseModel):
+    """Tasks of lm-evaluation-harness during training (docs/evaluation.md)."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    names: tuple[str, ...] = Field(
+        default=(), description="Their names, such as [lambada_openai, piqa]; none turns them off."
+    )
+    every: int = Field(
+        default=1000, ge=1, description="Optimizer steps between evaluations; there is one after the last step, too."
+    )
+    limit: int | None = Field(default=None, ge=1, description="Documents of each task, at most; null: all.")
+    data: Path | None = Field(
+        default=None, description="Folder of local files of the tasks; null: lm-eval downloads what it does not have."
+    )
+    padding: Literal["auto", "left", "none"] = Field(
+        default="auto",
+        description="What a text begins with: `left`: block_length - 1 pads; `none`: nothing, and its first block is "
+        "not scored; `auto`: as the model is trained; `block` only.",
+    )
+
+    @field_validator("names", mode="before")
+    @classmethod
+    def _listed(cls, names: Any) -> Any:
+        if isinstance(names, str):
+            raise ValueError(f"{names!r} is no list; write [{names}]")
+        return names
+
+
 class CheckpointConfig(BaseModel):
     """When checkpoints are written and which are kept."""
 
@@ -157,6 +186,7 @@ class RunConfig(BaseModel):
     train: TrainConfig = Field(description="Length, batch and precision.")
     optimizer: OptimizerConfig = Field(description="AdamW and its schedule.")
     validation: ValidationConfig = Field(default=ValidationConfig(), description="Validation during training.")
+    tasks: TasksConfig = Field(default=TasksConfig(), description="Tasks during training.")
     checkpoint: CheckpointConfig = Field(default=CheckpointConfig(), description="Checkpoints.")
     logging: LoggingConfig = Field(default=LoggingConfig(), description="Console and TensorBoard.")
     stability: StabilityConfig = Field(default=StabilityConfig(), description="Non-finite values, spikes and hangs.")

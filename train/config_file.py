@@ -22,6 +22,7 @@ PATH_FIELDS = (
     "data.sources.*.path",
     "data.tokenizer",
     "data.cache.directory",
+    "tasks.data",
 )
 
 

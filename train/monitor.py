@@ -16,6 +16,7 @@ from tqdm import tqdm
 from train.checkpointing import FinishedSave, Progress
 from train.config import RunConfig
 from train.config_file import config_text
+from train.evaluator import Metrics
 from train.metrics import MeanLoss
 from train.process import INTERACTIVE
 from train.startup import StartupClock
@@ -122,6 +123,13 @@ class Monitor:
         """Records a validation loss."""
         self.record(step, {"validation/loss": loss.loss, **_positions("validation", loss)})
         self.say(f"step {step}/{self._last_step}  validation loss {loss.loss:.4f} over {loss.targets:,} tokens")
+
+    def tasks(self, step: int, metrics: Metrics) -> None:
+        """Records what tasks say of the model."""
+        for task, values in metrics.items():
+            self.record(step, {f"evaluation/{task}/{metric}": value for metric, value in values.items()})
+            shown = "  ".join(f"{metric} {value:.4f}" for metric, value in values.items())
+            self.say(f"step {step}/{self._last_step}  {task}: {shown}")
 
     def saved(self, save: FinishedSave) -> None:
         """Records a checkpoint: how long it blocked training, and how long it took in all."""

@@ -1,4 +1,4 @@
-"""Does something once for all ranks."""
+"""Does something once for all ranks, or on each, so that all see its error."""
 
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -36,3 +36,25 @@ def on_rank_zero(function: Callable[[], Result], group: torch.distributed.Proces
         raise box[0]
     result: Result = box[0]
     return result
+
+
+def on_every_rank(function: Callable[[], Result]) -> Result:
+    """Calls a function on every rank; the first user error of any is raised by all.
+
+    Raises:
+        ConfigurationError: if the function does.
+        DataError: if the function does.
+        CheckpointError: if the function does.
+    """
+    result: Any = None
+    error: Exception | None = None
+    try:
+        result = function()
+    except USER_ERRORS as raised:
+        error = raised
+    errors: list[Exception | None] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(errors, error)
+    for first in filter(None, errors):
+        raise first
+    of_this_rank: Result = result
+    return of_this_rank

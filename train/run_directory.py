@@ -37,6 +37,7 @@ CHANGEABLE = (
     "train.micro_batch_size",
     "train.cpu_threads",
     "validation.",
+    "tasks.",
     "checkpoint.",
     "logging.",
     "stability.",

@@ -20,6 +20,7 @@ from train.attempts import UNKNOWN_END, AttemptRecord, read_attempts
 from train.batches import micro_batch_rows, read_micro_batches
 from train.checkpointing import Progress, RunCheckpoints, code_version, progress_of
 from train.config import RunConfig
+from train.evaluator import Evaluator, run_evaluator
 from train.hang_guard import HangGuard
 from train.initial_weights import initial_weights
 from train.metrics import MeanLoss, agree, gather_bad_shards, mean_loss
@@ -68,6 +69,7 @@ class Trainer:
         requests: watched since before, so that a signal that comes during start-up is not lost.
         after_step: called on every rank after each step with the number of steps done.
         clock: of the time until the first step.
+        evaluator: runs tasks; None: there are none.
     """
 
     def __init__(
@@ -77,12 +79,14 @@ class Trainer:
         requests: Requests,
         after_step: Callable[[int], None] = lambda step: None,
         clock: StartupClock | None = None,
+        evaluator: Evaluator | None = None,
     ) -> None:
         self.config = config
         self.place = place
         self.requests = requests
         self.after_step = after_step
         self.clock = clock or StartupClock()
+        self.evaluator = evaluator
         self.directory = RunDirectory(config)
         on_rank_zero(self.directory.open)
         self.stream = open_stream(config, "train")
@@ -123,10 +127,10 @@ class Trainer:
             self._close()
 
     def _loop(self) -> Outcome:
-        request = self._make_up_validation()
+        request = self._make_up_evaluations()
         while request < Request.STOP and self.progress.step < self.config.train.last_step:
             request = self._step()
-            request = max(request, self._validate_if_due())
+            request = self._evaluate_if_due(request)
             self._save_if_due(request)
         if request < Request.STOP:
             return Outcome(Ending.COMPLETE, self.progress.step)
@@ -257,8 +261,17 @@ class Trainer:
             skipped_steps=self.progress.skipped_steps + skipped,
             skipped_in_a_row=self.progress.skipped_in_a_row + 1 if skipped else 0,
             empty_sequences=self.progress.empty_sequences + empty_sequences,
-            validation_due=False,
         )
+        self.progress = replace(
+            self.progress,
+            validation_due=self.validation is not None and self._is_due(self.config.validation.every),
+            tasks_due=self.evaluator is not None and self._is_due(self.config.tasks.every),
+        )
+
+    def _is_due(self, every: int) -> bool:
+        """Whether what is done every so many steps, and at last, is done after this one."""
+        step = self.progress.step
+        return step % every == 0 or step == self.config.train.last_step
 
     def _roll_back(self, position: int, problem: str) -> None:
         """Goes back to the newest checkpoint, and leaves this step's batch out from then on."""
@@ -297,21 +310,22 @@ class Trainer:
             self.monitor.started(self._first_step, self.clock)
             self.attempt.first_step_done(self.clock.seconds)
 
-    def _make_up_validation(self) -> Request:
-        """Does the validation that the attempt before was stopped in, and notes that it is done."""
-        if not self.progress.validation_due:
-            return Request.NONE
-        request = self._validate()
-        if not self.progress.validation_due:
+    def _make_up_evaluations(self) -> Request:
+        """Does the evaluations that the attempt before was stopped in, and notes that they are done."""
+        before = self.progress
+        request = self._evaluate_if_due(Request.NONE)
+        if self.progress != before:
             self._save()
             self.checkpoints.wait()
         return request
 
-    def _validate_if_due(self) -> Request:
-        step, every = self.progress.step, self.config.validation.every
-        if self.validation is None or (step % every and step != self.config.train.last_step):
-            return Request.NONE
-        return self._validate()
+    def _evaluate_if_due(self, request: Request) -> Request:
+        """Does what is due after this step, unless any rank is asked to stop; returns the most urgent request."""
+        if self.progress.validation_due:
+            request = max(request, self._validate())
+        if self.progress.tasks_due and request < Request.STOP:
+            request = max(request, self._run_tasks())
+        return request
 
     def _validate(self) -> Request:
         """Validates, unless any rank is asked to stop meanwhile; returns the most urgent request."""
@@ -324,8 +338,19 @@ class Trainer:
             self.monitor.validation(self.progress.step, loss)
         return request
 
+    def _run_tasks(self) -> Request:
+        """Runs the tasks, unless any rank is asked to stop meanwhile; returns the most urgent request."""
+        if self.evaluator is None:
+            return Request.NONE
+        self.guard.progress()
+        metrics, request = run_evaluator(self.evaluator, self.engine, self._pending)
+        self.progress = replace(self.progress, tasks_due=metrics is None)
+        if self.monitor is not None and metrics is not None:
+            self.monitor.tasks(self.progress.step, metrics)
+        return request
+
     def _pending(self) -> Request:
-        """What this rank is asked for; each part of a long validation is progress."""
+        """What this rank is asked for; each part of a long evaluation is progress."""
         self.guard.progress()
         return self.requests.pending()
 

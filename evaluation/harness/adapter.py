@@ -30,19 +30,26 @@ class HarnessModel(TemplateLM):
         scorer: The model, for log-probabilities.
         tokenizer: The one it was trained with.
         generator: Gives the model for text; called at the first task that needs it. None: there is none.
+        shows_progress: Whether to tell how far it is.
 
     Attributes:
+        shows_progress: As given.
         unscored_continuations: So many lay within the first block, where nothing is predicted, and counted as 0.
     """
 
     def __init__(
-        self, scorer: Scorer, tokenizer: Tokenizer, generator: Callable[[], TextGenerator] | None = None
+        self,
+        scorer: Scorer,
+        tokenizer: Tokenizer,
+        generator: Callable[[], TextGenerator] | None = None,
+        shows_progress: bool = True,
     ) -> None:
         super().__init__()
         self.unscored_continuations = 0
         self._scorer = scorer
         self._tokenizer = tokenizer
         self._generator = generator
+        self.shows_progress = shows_progress
 
     @property
     def eot_token_id(self) -> int:
@@ -97,11 +104,11 @@ class HarnessModel(TemplateLM):
         if self._generator is None:
             raise ConfigurationError("this model scores texts and generates none; leave out tasks that generate")
         prompts = [self._prompt(*request.args) for request in requests]
-        with Progress("generating", "texts", len(prompts)) as progress:
+        with Progress("generating", "texts", len(prompts), shown=self.shows_progress) as progress:
             return self._generator().generate(prompts, progress.update)
 
     def _score(self, texts: Sequence[ScoredText]) -> list[Score]:
-        with Progress("scoring", "texts", len(texts)) as progress:
+        with Progress("scoring", "texts", len(texts), shown=self.shows_progress) as progress:
             return self._scorer.score(texts, progress.update)
 
     def _windows(self, text: str) -> list[tuple[list[int], list[int]]]:

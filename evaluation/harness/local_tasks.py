@@ -43,15 +43,20 @@ class LocalTask(BaseModel):
     files: tuple[str, ...]
     layouts: tuple[Layout, ...]
 
-    def file(self, folder: Path, name: str) -> Path:
+    def file(self, folder: Path, name: str, called: str) -> Path:
         """The file in a folder.
+
+        Args:
+            folder: Where the user's files lie.
+            name: Of the task, for messages.
+            called: What the user calls the setting of the folder, for messages.
 
         Raises:
             DataError: There is none.
         """
         found = next((folder / file for file in self.files if (folder / file).is_file()), None)
         if found is None:
-            raise DataError(f"--task-data {folder} has no {' or '.join(self.files)}, which {name} reads; put it there")
+            raise DataError(f"{called} {folder} has no {' or '.join(self.files)}, which {name} reads; put it there")
         return found
 
     def read(self, path: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
@@ -107,11 +112,15 @@ def local_task(name: str) -> LocalTask:
     return LocalTask.model_validate(yaml.safe_load((TASKS / f"{name}.yaml").read_text(encoding="utf-8")))
 
 
-def check_folder(folder: Path) -> None:
-    """Checks that --task-data is there.
+def check_folder(folder: Path, called: str) -> None:
+    """Checks that the folder of local files is there.
+
+    Args:
+        folder: Where it should be.
+        called: What the user calls its setting, for messages.
 
     Raises:
         ConfigurationError: It is no folder.
     """
     if not folder.is_dir():
-        raise ConfigurationError(f"--task-data {folder} is not a folder; give one with files such as piqa_valid.jsonl")
+        raise ConfigurationError(f"{called} {folder} is not a folder; give one with files such as piqa_valid.jsonl")

@@ -79,7 +79,7 @@ def run_task(model: "HarnessModel", task: LoadedTask, limit: int | None, padding
     for one in task.tasks["tasks"].values():
         if one.get_config("num_fewshot") is None:
             one.set_config(key="num_fewshot", value=0)
-    with quiet():
+    with quiet(bars=model.shows_progress):
         evaluated = lm_eval.evaluate(model, task.tasks, limit=limit, bootstrap_iters=0)
     metrics, errors = _metrics(task, evaluated)
     return HarnessResult(

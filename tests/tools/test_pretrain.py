@@ -18,6 +18,7 @@ import tools.pretrain
 from checkpoints.store import CheckpointStore
 from parallel.errors import ConfigurationError
 from slurm.local import run_submitit_task
+from tests.evaluation.harness.local_files import write_local_files
 from tests.tools.outcomes import assert_one_clear_error
 from tests.train.small_run import prepare_small_corpus, small_run
 from train.config_file import config_text
@@ -43,7 +44,9 @@ def finished(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> tuple[Pa
     """The config of a run that the local launcher has trained to the end, and what it printed."""
     folder = tmp_path_factory.mktemp("finished")
     path = folder / "run.yaml"
-    path.write_text(config_text(small_run(folder / "runs", corpus)))
+    task_data = write_local_files(folder)
+    tasks = {"names": ["sciq"], "every": 10, "limit": 2, "data": str(task_data)}
+    path.write_text(config_text(small_run(folder / "runs", corpus, tasks=tasks)))
     result = pretrain(path, cwd=folder)
     assert result.returncode == 0, result.stderr
     return path, result.stdout
@@ -61,6 +64,8 @@ def test_local_launcher_trains_to_the_end(finished: tuple[Path, str]) -> None:
     config_file, printed = finished
     assert "step 14/14" in printed
     assert "validation loss" in printed
+    assert "step 10/14  sciq: acc" in printed
+    assert "step 14/14  sciq: acc" in printed
     assert "complete at step 14" in printed
     folder = run_folder(config_file)
     assert CheckpointStore(folder / "checkpoints").complete_steps()[-1] == 14
