@@ -292,6 +292,27 @@ MUTATIONS = (
         "tests/evaluation/test_stage_scorer.py::test_long_texts_lose_their_beginning",
     ),
     Mutation(
+        "each tensor-parallel rank takes its own largest logit for the most likely token",
+        "parallel/pieces.py",
+        "torch.where(largest == overall, ids, torch.iinfo(torch.int64).max)",
+        "torch.where(largest == largest, ids, torch.iinfo(torch.int64).max)",
+        "tests/evaluation/test_sharded_scorer.py::test_every_layout_scores_as_one_process",
+    ),
+    Mutation(
+        "data-parallel ranks score each other's texts",
+        "evaluation/sharded_scorer.py",
+        "mine = self.texts[data_rank::data_size]",
+        "mine = self.texts[data_rank:]",
+        "tests/evaluation/test_sharded_scorer.py::test_every_layout_scores_as_one_process",
+    ),
+    Mutation(
+        "tasks that were interrupted are not made up for",
+        "train/trainer.py",
+        "tasks_due=metrics is None",
+        "tasks_due=False",
+        "tests/slurm/test_task_evaluation.py::test_results_are_those_of_the_tool_whatever_interrupts",
+    ),
+    Mutation(
         "rolling windows lose their context",
         "evaluation/harness/adapter.py",
         "windows.append(ScoredText(context, continuation))",
