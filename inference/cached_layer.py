@@ -182,11 +182,11 @@ class CachedStack:
         weight = layers[0].attention_norm.get_parameter("weight")
         self._dtype, self._device = weight.dtype, weight.device
         self._rotary = Rotary(attention)
-        self.cache: KeyValueCache
+        self.cache = self._new_cache(0, 0)
 
     def start(self, num_sequences: int, capacity: int) -> None:
         """Takes memory for so many sequences and positions."""
-        self.cache = KeyValueCache(*self._shape, num_sequences, capacity, self._dtype, self._device)
+        self.cache = self._new_cache(num_sequences, capacity)
         self._rotary.start(capacity, self._device, self._dtype)
 
     def instrument(self, name: str, wrap: Callable[[str, Callable[..., Any]], Callable[..., Any]]) -> None:
@@ -206,3 +206,6 @@ class CachedStack:
             hidden = layer(hidden, self.cache, self._rotary, mask)
         self.cache.advance(hidden.shape[1])
         return hidden
+
+    def _new_cache(self, num_sequences: int, capacity: int) -> KeyValueCache:
+        return KeyValueCache(*self._shape, num_sequences, capacity, self._dtype, self._device)

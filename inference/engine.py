@@ -79,8 +79,8 @@ class Engine(ABC):
 
     @property
     @abstractmethod
-    def cache_bytes(self) -> int:
-        """Memory of keys and values of this rank."""
+    def caches(self) -> tuple[KeyValueCache, ...]:
+        """Keys and values of the batch, on this rank."""
 
     def _stack(self, prefix: str) -> CachedStack:
         layers = [self.stage.piece(name) for name in self.names if name.startswith(f"{prefix}.layers.")]
@@ -158,9 +158,9 @@ class BlockEngine(Engine):
         return self._blocks.cache
 
     @property
-    def cache_bytes(self) -> int:
+    def caches(self) -> tuple[KeyValueCache, ...]:
         """See Engine."""
-        return self._blocks.cache.bytes + self._tokens.cache.bytes
+        return self._blocks.cache, self._tokens.cache
 
     def process_prompts(self, batch: MicroBatch, max_new_tokens: int) -> Tensor:
         """Runs the block decoder over the prompts; the token decoder has no part in that. See Engine."""
@@ -241,9 +241,9 @@ class VanillaEngine(Engine):
         return self._layers.cache
 
     @property
-    def cache_bytes(self) -> int:
+    def caches(self) -> tuple[KeyValueCache, ...]:
         """See Engine."""
-        return self._layers.cache.bytes
+        return (self._layers.cache,)
 
     def process_prompts(self, batch: MicroBatch, max_new_tokens: int) -> Tensor:
         """Runs the decoder over the prompts, and the head over their last positions; see Engine."""

@@ -56,6 +56,7 @@ class Generator:
         is_alone = stage.config.tensor_model_parallel_size == 1
         self._uses_graphs = compute_device().type == "cuda" and is_alone if graphs is None else graphs
         self._warned = False
+        self._cache_bytes = 0
         self._engine: Engine = BlockEngine(stage) if config.is_block else VanillaEngine(stage)
 
     def generate(
@@ -91,7 +92,10 @@ class Generator:
             self._warn_if_long(max(len(prompt) for prompt in prompts) + max_new_tokens)
             # Not inference_mode: the rotary tables made here are cached, and training could not use them.
             with torch.no_grad(), _explained_memory_errors(len(sequences)):
-                self._continue(sequences, max_new_tokens)
+                try:
+                    self._continue(sequences, max_new_tokens)
+                finally:
+                    self._release()
         return [sequence.tokens for sequence in sequences]
 
     def instrument(self, wrap: Callable[[str, Callable[..., Any]], Callable[..., Any]]) -> None:
@@ -101,7 +105,13 @@ class Generator:
     @property
     def cache_bytes(self) -> int:
         """Memory that the keys and values of the last batch take on this rank."""
-        return self._engine.cache_bytes
+        return self._cache_bytes
+
+    def _release(self) -> None:
+        """Gives the memory of keys and values back: the next batch takes its own, and others want some in between."""
+        self._cache_bytes = sum(cache.bytes for cache in self._engine.caches)
+        for cache in self._engine.caches:
+            cache.release()
 
     def _continue(self, sequences: list[RunningSequence], max_new_tokens: int) -> None:
         """Runs a batch until every sequence has ended; sequence i has slot i of the engine."""

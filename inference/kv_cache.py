@@ -81,6 +81,11 @@ class KeyValueCache:
         """Forgets all positions; the memory stays."""
         self.length = 0
 
+    def release(self) -> None:
+        """Gives the memory back; nothing can be stored afterwards."""
+        self._memory = self._memory.new_empty(0)
+        self._layers = ()
+
     @property
     def bytes(self) -> int:
         """Memory taken."""

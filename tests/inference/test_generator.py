@@ -1,3 +1,4 @@
+import gc
 import warnings
 from typing import Any
 
@@ -6,6 +7,7 @@ import torch
 
 from inference.errors import InferenceError
 from inference.generator import Generator
+from inference.kv_cache import KeyValueCache
 from inference.sampling import SamplingConfig
 from parallel.config import ModelConfig, ParallelConfig
 from parallel.inputs import MicroBatch
@@ -250,3 +252,23 @@ def test_the_cache_is_as_large_as_the_formula_says(name: str) -> None:
     else:
         expected = values(config.vanilla, prompt + new)
     assert generator.cache_bytes == sequences * expected * 4
+
+
+@pytest.mark.parametrize("architecture", ["block", "vanilla"])
+def test_keys_and_values_are_given_back_however_a_batch_ends(architecture: Any) -> None:
+    """Those of an earlier batch would take room from the next one, and from whatever else is on the device."""
+    generator = Generator(small_stage(small_config(architecture)), PAD_ID)
+
+    def held() -> int:
+        gc.collect()
+        return sum(one.bytes for one in gc.get_objects() if type(one) is KeyValueCache)
+
+    def interrupt(place: int, token: int) -> None:
+        raise KeyboardInterrupt
+
+    generator.generate([random_prompt(8)] * 2, 8)
+    assert generator.cache_bytes > 0
+    assert held() == 0
+    with pytest.raises(KeyboardInterrupt):
+        generator.generate([random_prompt(8)] * 2, 8, on_token=interrupt)
+    assert held() == 0

@@ -46,10 +46,11 @@ def test_caches_take_what_the_formula_says_and_no_more() -> None:
     config = ModelConfig(architecture="vanilla", vocab_size=64, sequence_length=4096, decoder=wide)
     generator = Generator(small_stage(config), PAD_ID)
     work = Workload(config, 256, 2, 198, 4)
-    peak = PeakMemory(torch.device("cpu"))
-    generator.generate(random_prompts(work), 198)
-    assert generator.cache_bytes == 256 * work.cache_bytes_per_sequence > 200e6
-    assert 0.9 * generator.cache_bytes < peak.bytes() < 1.3 * generator.cache_bytes
+    for _ in range(2):  # the second time, the cache of the first one is gone
+        peak = PeakMemory(torch.device("cpu"))
+        generator.generate(random_prompts(work), 198)
+        assert generator.cache_bytes == 256 * work.cache_bytes_per_sequence > 200e6
+        assert 0.9 * generator.cache_bytes < peak.bytes() < 1.3 * generator.cache_bytes
 
 
 @pytest.mark.parametrize("architecture", ["block", "vanilla"])
