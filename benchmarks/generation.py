@@ -177,7 +177,7 @@ def run_protocol(protocol: Protocol, device: torch.device, dtype: torch.dtype, r
         if protocol.largest:
             splits = study.run(model, protocol.settings, None, protocol.largest)
         report += ["", *walltime_table(model.name, splits)]
-    found = list(records.records.values())
+    found = records.on(limits, {model.name: model.config for model in models})
     draw_throughput(output, found, models, limits)
     return [
         *report,

@@ -1,6 +1,5 @@
 """Generates token sequences from prompts."""
 
-import contextlib
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -10,6 +9,7 @@ from torch import Tensor
 
 from inference.engine import BlockEngine, Engine, VanillaEngine
 from inference.errors import InferenceError
+from inference.memory import explained_memory_errors
 from inference.prompts import check_prompts, pad_prompts
 from inference.sampling import Sampler, SamplingConfig
 from inference.sequences import RunningSequence, start_sequences
@@ -91,7 +91,8 @@ class Generator:
         if sequences and max_new_tokens:
             self._warn_if_long(max(len(prompt) for prompt in prompts) + max_new_tokens)
             # Not inference_mode: the rotary tables made here are cached, and training could not use them.
-            with torch.no_grad(), _explained_memory_errors(len(sequences)):
+            what, advice = f"{len(sequences)} sequences at a time", "generate fewer at a time, or fewer tokens"
+            with torch.no_grad(), explained_memory_errors(what, advice):
                 try:
                     self._continue(sequences, max_new_tokens)
                 finally:
@@ -148,14 +149,3 @@ class Generator:
                 f"{trained}; expect worse text beyond that",
                 stacklevel=3,
             )
-
-
-@contextlib.contextmanager
-def _explained_memory_errors(num_sequences: int) -> Iterator[None]:
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        raise InferenceError(
-            f"{num_sequences} sequences at a time do not fit into the GPU's memory ({error}); generate fewer at a "
-            "time, or fewer tokens"
-        ) from None

@@ -5,8 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from inference.errors import InferenceError
-from inference.memory import free_memory
+from inference.memory import check_room_for_cache
 
 
 class KeyValueCache:
@@ -40,7 +39,7 @@ class KeyValueCache:
         self.capacity = capacity
         self.position: Tensor | None = None
         self.span = 0
-        _check_room(shape, dtype, device)
+        check_room_for_cache(math.prod(shape) * dtype.itemsize, num_sequences, capacity, device)
         self._memory = torch.empty(shape, dtype=dtype, device=device)
         self._layers = self._memory.unbind(0)
 
@@ -90,13 +89,3 @@ class KeyValueCache:
     def bytes(self) -> int:
         """Memory taken."""
         return self._memory.nbytes
-
-
-def _check_room(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
-    """Raises InferenceError before memory runs out: on CPU, taking more than there is ends the process much later."""
-    needed, free = math.prod(shape) * dtype.itemsize, free_memory(device)
-    if needed > free:
-        raise InferenceError(
-            f"the keys and values of {shape[2]} sequences of {shape[4]} positions need {needed / 2**30:.1f} GiB, and "
-            f"{free / 2**30:.1f} GiB are free; generate fewer sequences at a time, or fewer tokens"
-        )

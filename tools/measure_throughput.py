@@ -107,8 +107,9 @@ def candidates(arguments: argparse.Namespace, dtype: torch.dtype) -> list[Candid
 def candidate(path: Path, loss: float | None, dtype: torch.dtype) -> Candidate:
     """A configuration with random weights, or a trained model."""
     if path.is_dir():
-        trained = find_trained_model(path)
-        return Candidate(path.name, trained.model, lambda: trained.load(dtype=dtype), loss)
+        trained = find_trained_model(path.absolute())
+        name = trained.folder.name if path.absolute() != trained.path else f"{trained.folder.name}, {trained.path.name}"
+        return Candidate(name, trained.model, lambda: trained.load(dtype=dtype), loss)
     config = load_config(path).model
     return Candidate(path.stem, config, lambda: build_stage(config, ParallelConfig(), dtype).eval(), loss)
 
@@ -134,7 +135,7 @@ def main() -> None:
         }
     finally:
         torch.distributed.destroy_process_group()
-    measured = [record for record in records.records.values() if record.point.device == limits.device]
+    measured = records.on(limits, {model.name: model.config for model in models})
     report = [limits.describe(), "", *measurement_table(measured)]
     for name, split in splits.items():
         report += ["", *walltime_table(name, split)]

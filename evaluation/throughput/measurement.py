@@ -12,6 +12,7 @@ from evaluation.throughput.costs import Workload, decoding_costs, prompt_costs
 from evaluation.throughput.memory import PeakMemory
 from inference.errors import InferenceError
 from inference.generator import Generator
+from inference.memory import check_room_for_cache
 from parallel.device_limits import DeviceLimits, synchronize
 
 
@@ -73,6 +74,9 @@ def measure(generator: Generator, work: Workload, limits: DeviceLimits, repeats:
         InferenceError: it does not fit into memory.
     """
     device = next(generator.stage.parameters()).device
+    needed = work.batch_size * work.cache_bytes_per_sequence
+    # Before the prompts are made: of too many sequences, these alone could fill the memory.
+    check_room_for_cache(needed, work.batch_size, work.prompt_tokens + work.new_tokens, device)
     prompts = random_prompts(work)
     peak = PeakMemory(device)
     _timed(generator, prompts, work.new_tokens, device)

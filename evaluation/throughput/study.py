@@ -9,7 +9,7 @@ import torch
 from evaluation.throughput.batch_search import search_batch_sizes
 from evaluation.throughput.costs import Workload
 from evaluation.throughput.measurement import Measurement, measure, split_walltime
-from evaluation.throughput.records import Point, Record, RecordFile
+from evaluation.throughput.records import Point, Record, RecordFile, digest_of
 from inference.errors import InferenceError
 from inference.generator import Generator
 from inference.memory import free_memory
@@ -123,7 +123,10 @@ class Study:
 
     def _point(self, candidate: Candidate, setting: Setting, size: int) -> Point:
         limits = self._limits
-        return Point(candidate.name, limits.device, limits.dtype, setting.prompt_tokens, setting.new_tokens, size)
+        digest = digest_of(candidate.config)
+        return Point(
+            candidate.name, digest, limits.device, limits.dtype, setting.prompt_tokens, setting.new_tokens, size
+        )
 
     def _largest_measured(self, candidate: Candidate, setting: Setting) -> int | None:
         sizes = [

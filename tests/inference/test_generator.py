@@ -272,3 +272,18 @@ def test_keys_and_values_are_given_back_however_a_batch_ends(architecture: Any) 
     with pytest.raises(KeyboardInterrupt):
         generator.generate([random_prompt(8)] * 2, 8, on_token=interrupt)
     assert held() == 0
+
+
+def test_whoever_runs_out_of_memory_gets_one_sentence() -> None:
+    generator = Generator(small_stage(small_config()), PAD_ID)
+
+    def fill(place: int, token: int) -> None:
+        torch.empty(2**60, dtype=torch.uint8)
+
+    def fail(place: int, token: int) -> None:
+        raise RuntimeError("something else")
+
+    with pytest.raises(InferenceError, match=r"^2 sequences at a time do not fit into memory .*; generate fewer"):
+        generator.generate([random_prompt(4)] * 2, 8, on_token=fill)
+    with pytest.raises(RuntimeError, match="something else"):
+        generator.generate([random_prompt(4)] * 2, 8, on_token=fail)

@@ -7,7 +7,7 @@ import torch
 from evaluation.throughput.costs import Workload
 from evaluation.throughput.measurement import measure, random_prompts, split_walltime
 from evaluation.throughput.memory import PeakMemory
-from evaluation.throughput.records import Point, Record, RecordFile
+from evaluation.throughput.records import Point, Record, RecordFile, digest_of
 from evaluation.throughput.report import draw_throughput, measurement_table, walltime_table
 from evaluation.throughput.study import Candidate, Setting, Study
 from inference.errors import InferenceError
@@ -111,15 +111,63 @@ def test_what_does_not_fit_is_remembered(tmp_path: Path) -> None:
 def test_another_file_is_not_appended_to(tmp_path: Path) -> None:
     path = tmp_path / "throughput.csv"
     path.write_text("a,b\n1,2\n")
-    with pytest.raises(InferenceError, match="is not a file of this tool's measurements"):
+    with pytest.raises(InferenceError, match="is not a file of measurements of this version"):
         RecordFile(path)
     assert path.read_text() == "a,b\n1,2\n"
+    path.write_bytes(b"\xff\xfe\n")
+    with pytest.raises(InferenceError, match="it holds no text; name another --output"):
+        RecordFile(path)
+    with pytest.raises(InferenceError, match="Is a directory; name another --output"):
+        RecordFile(tmp_path)
+
+
+def test_an_empty_file_gets_its_header(tmp_path: Path) -> None:
+    path = tmp_path / "throughput.csv"
+    path.touch()
+    record = Record(Point("block", "0", "CPU", "float32", 8, 5, 1), None)
+    RecordFile(path).add(record)
+    assert RecordFile(path).records == {record.point: record}
+
+
+def test_a_line_that_was_cut_off_counts_for_nothing_even_within_its_last_number(tmp_path: Path) -> None:
+    path = tmp_path / "throughput.csv"
+    one = candidate("block")
+    Study(LIMITS, RecordFile(path), 1, lambda line: None).run(one, [Setting(8, 5)], [1, 2], 2)
+    path.write_text(path.read_text()[:-4])
+    records = RecordFile(path)
+    assert [point.batch_size for point in records.records] == [1]
+    whole = Study(LIMITS, records, 1, lambda line: None)
+    whole.run(one, [Setting(8, 5)], [2, 3], 3)
+    assert RecordFile(path).records == records.records
+    assert len(records.records) == 3
+
+
+def test_a_model_of_the_same_name_with_other_settings_is_measured_anew(tmp_path: Path) -> None:
+    records = RecordFile(tmp_path / "throughput.csv")
+    before = candidate("block")
+    config = small_config("block", length=2)
+    after = replace(before, config=config, load=lambda: small_stage(config))
+    for one in (before, after, after):
+        Study(LIMITS, records, 1, lambda line: None).run(one, [Setting(8, 5)], [1], 1)
+    assert len(records.records) == 2
+    (shown,) = records.on(LIMITS, {"block": config})
+    assert shown.point.settings == digest_of(config)
+    assert len(records.on(LIMITS, {})) == 2
+    assert records.on(replace(LIMITS, dtype="bfloat16"), {}) == []
+    assert records.on(replace(LIMITS, device="GPU"), {}) == []
+
+
+def test_too_many_sequences_are_noticed_before_there_are_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
+    one = candidate("block")
+    monkeypatch.setattr("evaluation.throughput.measurement.random_prompts", lambda work: pytest.fail("made prompts"))
+    with pytest.raises(InferenceError, match=f"{2**40} sequences of 13 positions need"):
+        measure(Generator(one.load(), PAD_ID), Workload(one.config, 2**40, 8, 5, 4), LIMITS)
 
 
 def test_records_come_back_as_they_were(tmp_path: Path) -> None:
     one = candidate("block")
     measured = measure(Generator(one.load(), PAD_ID), Workload(one.config, 1, 8, 5, 4), LIMITS, repeats=1)
-    record = Record(Point("block", "CPU", "float32", 8, 5, 1), measured)
+    record = Record(Point("block", digest_of(one.config), "CPU", "float32", 8, 5, 1), measured)
     records = RecordFile(tmp_path / "throughput.csv")
     records.add(record)
     records.add(replace(record, point=replace(record.point, batch_size=2), measurement=None))
