@@ -79,6 +79,25 @@ class _GrowingText:
             self._shown = len(text)
 
 
+def _encode(generator: Generator, tokenizer: Tokenizer, prompt: str) -> list[int]:
+    """Token ids of a prompt; raises InferenceError, see continue_text."""
+    try:
+        prompt.encode("utf-8")
+    except UnicodeEncodeError as error:
+        # What Python makes of bytes of the command line that are no UTF-8.
+        raise InferenceError(f"the prompt is not UTF-8 text at character {error.start}; give another") from None
+    prompt_ids = tokenizer.encode(prompt)
+    if not prompt_ids:
+        raise InferenceError(f"prompt {prompt!r} gives no token, and the model needs something to continue; add text")
+    longest = generator.stage.model_config.sequence_length
+    if len(prompt_ids) > longest:
+        raise InferenceError(
+            f"the prompt has {len(prompt_ids)} tokens, and the model was trained on model.sequence_length={longest}; "
+            "give a shorter one"
+        )
+    return prompt_ids
+
+
 def continue_text(
     generator: Generator,
     tokenizer: Tokenizer,
@@ -101,11 +120,10 @@ def continue_text(
         The prompt and its continuation.
 
     Raises:
-        InferenceError: the prompt gives no token, or max_new_tokens is negative.
+        InferenceError: the prompt is no text, gives no token or more than the model reads; or max_new_tokens is
+            negative.
     """
-    prompt_ids = tokenizer.encode(prompt)
-    if not prompt_ids:
-        raise InferenceError(f"prompt {prompt!r} gives no token, and the model needs something to continue; add text")
+    prompt_ids = _encode(generator, tokenizer, prompt)
     growing = _GrowingText(tokenizer, prompt_ids, on_text)
     generator.generate(
         [prompt_ids], max_new_tokens, sampling, tokenizer.eos_id, on_token=lambda _, token: growing.add(token)

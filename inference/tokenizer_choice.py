@@ -1,9 +1,11 @@
 """Finds the tokenizer that a model was trained with."""
 
+import contextlib
 from pathlib import Path
 
 from data.config import DataConfig
 from data.errors import DataError
+from data.files import sha256_of_file
 from data.streaming.corpus_tokenizer import tokenizer_file
 from data.tokenizer import Tokenizer, load_tokenizer
 from inference.errors import InferenceError
@@ -19,12 +21,14 @@ def tokenizer_of(model: ModelConfig, data: DataConfig | None, path: Path | None 
         path: Tokenizer file to use instead of the one recorded there.
 
     Raises:
-        InferenceError: The training data is gone or unknown, or the tokenizer has more tokens than the model, or is
-            not the one the training data was made with.
+        InferenceError: There is no path, and the training data is gone or unknown; or the tokenizer has more tokens
+            than the model, or is not the one the training data was made with.
         DataError: The tokenizer at `path` cannot be read.
     """
     if path is not None:
         tokenizer = load_tokenizer(path)
+        if data is not None:
+            _check_same(tokenizer, data)
     elif data is not None:
         tokenizer = _recorded_tokenizer(data)
     else:
@@ -37,6 +41,16 @@ def tokenizer_of(model: ModelConfig, data: DataConfig | None, path: Path | None 
             "give the tokenizer the model was trained with (--tokenizer FILE)"
         )
     return tokenizer
+
+
+def _check_same(tokenizer: Tokenizer, data: DataConfig) -> None:
+    """Raises InferenceError if the training data are there and were made with another tokenizer."""
+    with contextlib.suppress(DataError):
+        if sha256_of_file(recorded := tokenizer_file(data)) != tokenizer.fingerprint:
+            raise InferenceError(
+                f"--tokenizer {tokenizer.path} is not the tokenizer that the model was trained with, which is "
+                f"{recorded}; leave --tokenizer out"
+            )
 
 
 def _recorded_tokenizer(data: DataConfig) -> Tokenizer:

@@ -10,7 +10,7 @@ if Path(sys.path[0]).resolve() == Path(__file__).resolve().parent:
 import argparse
 import contextlib
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 # Megatron-core warns at import about optional libraries that this project does not use.
 warnings.filterwarnings("ignore", module=r"megatron\.core")
@@ -57,9 +57,9 @@ def prompts(arguments: argparse.Namespace) -> Iterator[str]:
     if arguments.prompt is not None:
         yield arguments.prompt
     elif arguments.prompt_file is not None:
-        yield read_prompt(arguments.prompt_file)
+        yield read_prompt(f"--prompt-file {arguments.prompt_file}", arguments.prompt_file.read_bytes)
     elif not sys.stdin.isatty():
-        yield sys.stdin.read()
+        yield read_prompt("the standard input", sys.stdin.buffer.read)
     else:
         with contextlib.suppress(EOFError):
             while True:
@@ -67,16 +67,20 @@ def prompts(arguments: argparse.Namespace) -> Iterator[str]:
                     yield prompt
 
 
-def read_prompt(path: Path) -> str:
-    """A file's text.
+def read_prompt(called: str, read: Callable[[], bytes]) -> str:
+    """The text of a file.
+
+    Args:
+        called: what the user calls it.
+        read: gives its bytes.
 
     Raises:
-        InferenceError: it cannot be read.
+        InferenceError: it cannot be read, or is no text.
     """
     try:
-        return path.read_text(encoding="utf-8")
+        return read().decode("utf-8").replace("\r\n", "\n")
     except (OSError, UnicodeDecodeError) as error:
-        raise InferenceError(f"--prompt-file {path} cannot be read as UTF-8 text ({error}); give another") from None
+        raise InferenceError(f"{called} cannot be read as UTF-8 text ({error}); give another") from None
 
 
 def main() -> None:

@@ -91,6 +91,7 @@ def test_beyond_the_trained_length_one_line_warns(generate: Generate, run_folder
 
 
 def test_mistakes_are_one_line_and_status_2(generate: Generate, run_folder: Path, tmp_path: Path, shards: Path) -> None:
+    other = prepare_small_corpus(tmp_path / "other", start=40_000) / "tokenizer.model"
     mistakes = {
         "missing is not a folder": generate(tmp_path / "missing"),
         "holds no checkpoint": generate(tmp_path),
@@ -98,6 +99,11 @@ def test_mistakes_are_one_line_and_status_2(generate: Generate, run_folder: Path
         "max_new_tokens=-1": generate(run_folder, tokens=-1),
         "temperature=-1.0 is not allowed": generate(run_folder, "--temperature", "-1"),
         "top_p=0.0 is not allowed": generate(run_folder, "--top-p", "0"),
+        "the prompt is not UTF-8 text at character 3": generate(run_folder, prompt="caf\udce9"),
+        "tokens, and the model was trained on model.sequence_length=64; give a shorter one": generate(
+            run_folder, prompt="word " * 70
+        ),
+        "is not the tokenizer that the model was trained with": generate(run_folder, "--tokenizer", str(other)),
         "none.model does not exist": generate(run_folder, "--tokenizer", str(tmp_path / "none.model")),
     }
     for expected, outcome in mistakes.items():
@@ -129,8 +135,12 @@ def test_a_prompt_from_a_file_or_standard_input(
     file = tmp_path / "prompt.txt"
     file.write_text(PROMPT)
     assert generate(run_folder, "--prompt-file", str(file), prompt=None).output == expected
-    monkeypatch.setattr(sys, "stdin", io.StringIO(PROMPT))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(PROMPT.encode())))
     assert generate(run_folder, prompt=None).output == expected
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"It was \xff")))
+    wrong = generate(run_folder, prompt=None)
+    assert (wrong.status, len(wrong.errors)) == (2, 1)
+    assert wrong.errors[0].startswith("error: the standard input cannot be read as UTF-8 text")
     missing = generate(run_folder, "--prompt-file", str(tmp_path / "none"), prompt=None)
     assert missing.status == 2
     assert "--prompt-file" in missing.errors[0]
