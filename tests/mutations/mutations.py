@@ -326,4 +326,26 @@ MUTATIONS = (
         "results = {result.name:",
         "tests/evaluation/test_report.py::test_results_of_one_model_come_together",
     ),
+    Mutation(
+        "units of tokens store every position in the same place",
+        "inference/kv_cache.py",
+        "self.position.add_(positions)",
+        "self.position.add_(0)",
+        "tests/inference/test_unit_graphs.py::test_units_make_the_same_tokens_over_several_spans",
+    ),
+    Mutation(
+        "units of tokens attend to positions that are not there yet",
+        "inference/engine.py",
+        "(self._places[: cache.span] <= cache.position)",
+        "(self._places[: cache.span] >= 0)",
+        "tests/inference/test_unit_graphs.py::test_units_make_the_same_tokens_over_several_spans",
+    ),
+    Mutation(
+        "the roofline reads the block decoder's weights for every token",
+        "evaluation/throughput/costs.py",
+        '("block decoder", blocks, work.global_steps)',
+        '("block decoder", blocks, work.new_tokens)',
+        "tests/evaluation/throughput/test_costs.py::"
+        "test_a_block_model_reads_a_block_decoder_once_per_block_and_prompts_need_no_token_decoder",
+    ),
 )
