@@ -27,8 +27,6 @@ def tokenizer_of(model: ModelConfig, data: DataConfig | None, path: Path | None 
     """
     if path is not None:
         tokenizer = load_tokenizer(path)
-        if data is not None:
-            _check_same(tokenizer, data)
     elif data is not None:
         tokenizer = _recorded_tokenizer(data)
     else:
@@ -40,6 +38,8 @@ def tokenizer_of(model: ModelConfig, data: DataConfig | None, path: Path | None 
             f"tokenizer {tokenizer.path} has {tokenizer.vocab_size} tokens, the model knows {model.vocab_size}; "
             "give the tokenizer the model was trained with (--tokenizer FILE)"
         )
+    if path is not None and data is not None:
+        _check_same(tokenizer, data)
     return tokenizer
 
 

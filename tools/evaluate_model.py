@@ -34,6 +34,7 @@ from evaluation.suite import (
     prepare_evaluations,
 )
 from inference.errors import InferenceError
+from inference.memory import explained_memory_errors
 from parallel.errors import ConfigurationError
 from parallel.topology import start_single_process
 from tools.command_line import exit_on_termination, run
@@ -166,7 +167,9 @@ def main() -> None:
     try:
         model = LoadedModel(request, trained.load(dtype=_dtype(arguments.dtype)))
         for evaluate in evaluations:
-            _show(evaluate(model), report, arguments.json)
+            with explained_memory_errors("the batches of an evaluation", _smaller_batches(arguments)):
+                result = evaluate(model)
+            _show(result, report, arguments.json)
     finally:
         torch.distributed.destroy_process_group()
     print(f"results are in {report.folder}")
@@ -180,6 +183,13 @@ def _report(trained: TrainedModel, output: Path | None) -> Report:
     folder = output or trained.folder / "evaluation" / f"step_{trained.step}"
     tensorboard = output / "tensorboard" if output else trained.folder / "tensorboard" / "evaluation"
     return Report(folder, tensorboard, trained.folder.name, trained.step)
+
+
+def _smaller_batches(arguments: argparse.Namespace) -> str:
+    return (
+        f"lower --batch-tokens, which is {arguments.batch_tokens}, or --batch-size for validation, which is "
+        f"{arguments.batch_size}"
+    )
 
 
 def _dtype(name: str | None) -> torch.dtype:

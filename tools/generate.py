@@ -9,6 +9,7 @@ if Path(sys.path[0]).resolve() == Path(__file__).resolve().parent:
 
 import argparse
 import contextlib
+import signal
 import warnings
 from collections.abc import Callable, Iterator
 
@@ -121,4 +122,6 @@ def continue_prompt(
 
 if __name__ == "__main__":
     warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
+    # Whoever reads the text, such as head, may stop before its end.
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     run(main, CheckpointError, ConfigurationError, DataError, InferenceError)

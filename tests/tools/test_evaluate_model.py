@@ -10,8 +10,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 import torch.distributed
 
+from evaluation.suite import OWN_EVALUATIONS
 from parallel.component_config import DecoderConfig
 from parallel.config import ModelConfig, ParallelConfig
 from parallel.stage import build_stage
@@ -102,6 +104,18 @@ def test_what_is_finished_is_kept(script: Script, run_folder: Path, task_data: P
     assert "batch size 1000 must be at least 2 and at most" in outcome.errors[-1]
     assert json.loads((tmp_path / "out" / "results.json").read_text())["results"].keys() == {"winogrande"}
     assert list((tmp_path / "out" / "tensorboard").glob("events*"))
+
+
+def test_too_large_a_batch_is_one_sentence(
+    script: Script, run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(OWN_EVALUATIONS, "positions", lambda request: lambda model: torch.empty(2**60))  # type: ignore[arg-type, return-value]
+    outcome = script("--checkpoint", run_folder, "--output", tmp_path, "--tasks", "positions", "--batch-tokens", 2**50)
+    assert outcome.status == 2
+    assert outcome.errors[-1].startswith("error: the batches of an evaluation do not fit into memory (")
+    assert outcome.errors[-1].endswith(
+        f"lower --batch-tokens, which is {2**50}, or --batch-size for validation, which is 16"
+    )
 
 
 def test_mistakes_are_found_before_the_model_is_loaded(

@@ -2,9 +2,11 @@
 
 import io
 import re
+import signal
 import subprocess
 import sys
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -35,8 +37,10 @@ class Generate:
 
 
 @pytest.fixture
-def generate(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Generate:
-    return Generate(Script(SCRIPT, monkeypatch, capsys))
+def generate(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Generate]:
+    before = signal.getsignal(signal.SIGPIPE)
+    yield Generate(Script(SCRIPT, monkeypatch, capsys))
+    signal.signal(signal.SIGPIPE, before)
 
 
 @pytest.fixture(scope="module")
@@ -81,6 +85,20 @@ def test_from_another_folder_as_a_process(generate: Generate, run_folder: Path, 
     command = [sys.executable, SCRIPT, "--checkpoint", run_folder, "--prompt", PROMPT, "--max-new-tokens", "12"]
     result = subprocess.run(list(map(str, command)), cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert (result.returncode, result.stdout, result.stderr) == (0, generate(run_folder).output, "")
+
+
+@pytest.mark.slow
+def test_whoever_reads_may_stop(run_folder: Path) -> None:
+    command = [sys.executable, SCRIPT, "--checkpoint", run_folder, "--prompt", PROMPT, "--max-new-tokens", "100000"]
+    with subprocess.Popen(
+        list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        assert process.stdout.read(4) == PROMPT[:4]
+        process.stdout.close()
+        assert "Traceback" not in process.stderr.read()
+        assert process.wait(timeout=60) == -signal.SIGPIPE
 
 
 def test_beyond_the_trained_length_one_line_warns(generate: Generate, run_folder: Path) -> None:
