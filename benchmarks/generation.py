@@ -30,9 +30,10 @@ from inference.errors import InferenceError
 from parallel.config import ParallelConfig
 from parallel.cpu_adaptation import compute_device
 from parallel.device_limits import measure_device_limits
+from parallel.errors import ConfigurationError
 from parallel.stage import build_stage
 from parallel.topology import start_single_process
-from tools.command_line import run
+from tools.command_line import make_output_folder, positive, run
 from train.config_file import load_config
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs" / "paper"
@@ -194,12 +195,12 @@ def main() -> None:
     """Measures, compares, reports."""
     parser = argparse.ArgumentParser(description="Measures generation against the reference implementation.")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder for all results")
-    parser.add_argument("--repeats", type=int, default=5, metavar="N", help="timed runs of each point (default 5)")
+    parser.add_argument("--repeats", type=positive, default=5, metavar="N", help="timed runs of each point (default 5)")
     arguments = parser.parse_args()
     device = compute_device()
     protocol, dtype = (ON_GPU, torch.bfloat16) if device.type == "cuda" else (ON_CPU, torch.float32)
     torch.set_num_threads(2)
-    arguments.output.mkdir(parents=True, exist_ok=True)
+    make_output_folder(arguments.output)
     start_single_process()
     try:
         report = run_protocol(protocol, device, dtype, arguments.repeats, arguments.output)
@@ -211,4 +212,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     warnings.filterwarnings("ignore", message="prompt and new tokens")
-    run(main, InferenceError)
+    run(main, ConfigurationError, InferenceError)

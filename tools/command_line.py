@@ -1,10 +1,14 @@
 """What all command-line tools share: how they end, and how they tell a user what went wrong."""
 
+import argparse
 import signal
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from types import FrameType
 from typing import NoReturn
+
+from parallel.errors import ConfigurationError
 
 USER_ERROR_STATUS = 2
 INTERRUPTED_STATUS = 130
@@ -27,6 +31,25 @@ def run(main: Callable[[], int | None], *user_errors: type[Exception]) -> NoRetu
         print("interrupted", file=sys.stderr)
         status = INTERRUPTED_STATUS
     sys.exit(status)
+
+
+def positive(text: str) -> int:
+    """A number of the command line that must be at least 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a number of at least 1")
+    return int(text)
+
+
+def make_output_folder(path: Path) -> None:
+    """Makes the folder of --output.
+
+    Raises:
+        ConfigurationError: It cannot be made.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigurationError(f"--output {path} cannot be made: {error.strerror}; name another folder") from None
 
 
 def exit_on_termination() -> None:

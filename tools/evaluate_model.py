@@ -37,16 +37,9 @@ from inference.errors import InferenceError
 from inference.memory import explained_memory_errors
 from parallel.errors import ConfigurationError
 from parallel.topology import start_single_process
-from tools.command_line import exit_on_termination, run
+from tools.command_line import exit_on_termination, positive, run
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
-
-def positive(text: str) -> int:
-    """A number of the command line that must be at least 1."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a number of at least 1")
-    return int(text)
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -28,7 +28,7 @@ from parallel.device_limits import measure_device_limits
 from parallel.errors import ConfigurationError
 from parallel.stage import build_stage
 from parallel.topology import start_single_process
-from tools.command_line import run
+from tools.command_line import make_output_folder, positive, run
 from train.config_file import load_config
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -65,14 +65,6 @@ def parse_arguments() -> argparse.Namespace:
     add("--threads", type=positive, metavar="N", help="threads on CPU (default: torch's choice)")
     add("--output", type=Path, required=True, metavar="DIR", help="folder for throughput.csv, results.md and plots")
     return parser.parse_args()
-
-
-def positive(text: str) -> int:
-    """A whole number above 0."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a number above 0")
-    return value
 
 
 def setting(text: str) -> Setting:
@@ -122,7 +114,7 @@ def main() -> None:
     on_gpu = compute_device().type == "cuda"
     dtype = DTYPES[arguments.precision or ("bf16" if on_gpu else "fp32")]
     models = candidates(arguments, dtype)
-    make_folder(arguments.output)
+    make_output_folder(arguments.output)
     records = RecordFile(arguments.output / "throughput.csv")
     limits = measure_device_limits(compute_device(), dtype)
     print(limits.describe(), flush=True)
@@ -143,18 +135,6 @@ def main() -> None:
     (arguments.output / "results.md").write_text("\n".join(report) + "\n", encoding="utf-8")
     for plot in draw_throughput(arguments.output, measured, models, limits):
         print(f"drew {plot}")
-
-
-def make_folder(path: Path) -> None:
-    """Makes the output folder.
-
-    Raises:
-        ConfigurationError: it cannot be made.
-    """
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigurationError(f"--output {path} cannot be made: {error.strerror}; name another folder") from None
 
 
 if __name__ == "__main__":

@@ -73,42 +73,51 @@ def _cache_values(stack: DecoderConfig) -> int:
 
 
 def prompt_costs(work: Workload) -> dict[str, Cost]:
-    """Costs by component until the first new token's logits can be computed."""
+    """Costs by component until the first new token is there."""
     steps, batch = work.prompt_steps, work.batch_size
     matrices = _matrices(work.model)
+    head = _product(work, matrices["head"], batch)
     if not work.model.is_block:
         causal = _attention(work, work.model.vanilla, steps * (steps + 1) / 2, reads_cache=False)
-        return {"layers": _product(work, matrices["layers"], batch * steps) + causal}
+        return {"layers": _product(work, matrices["layers"], batch * steps) + causal, "head": head}
     causal = _attention(work, work.model.blocks, steps * (steps + 1) / 2, reads_cache=False)
     return {
         "embedder": _product(work, matrices["embedder"], batch * steps),
         "block decoder": _product(work, matrices["block decoder"], batch * steps) + causal,
+        "expansion": _product(work, matrices["expansion"], batch),
+        "token decoder": _first_place(work),
+        "head": head,
     }
 
 
 def decoding_costs(work: Workload) -> list[tuple[str, Cost, int]]:
-    """Costs of each kind of step after that: component, cost of one step on average, number of steps."""
+    """Costs of each kind of step for the other tokens: component, cost of one step on average, number of steps."""
     model, batch, matrices = work.model, work.batch_size, _matrices(work.model)
     first = work.prompt_steps + 1
     mean_length = first + (work.global_steps - 1) / 2
-    head = ("head", _product(work, matrices["head"], batch), work.new_tokens)
+    head = ("head", _product(work, matrices["head"], batch), work.new_tokens - 1)
     if not model.is_block:
         layers = _product(work, matrices["layers"], batch) + _attention(work, model.vanilla, mean_length)
         return [("layers", layers, work.global_steps), head]
     blocks = _product(work, matrices["block decoder"], batch) + _attention(work, model.blocks, mean_length)
     leading, local = model.leading_positions, model.local_length
     later = _product(work, matrices["token decoder"], batch) + _attention(work, model.tokens, (leading + 1 + local) / 2)
-    first_place = _product(work, matrices["token decoder"], batch * leading) + _attention(
-        work, model.tokens, leading * (leading + 1) / 2, reads_cache=False
-    )
     return [
         ("embedder", _product(work, matrices["embedder"], batch), work.global_steps),
         ("block decoder", blocks, work.global_steps),
-        ("expansion", _product(work, matrices["expansion"], batch), work.global_steps + 1),
-        ("token decoder", first_place, work.global_steps + 1),
+        ("expansion", _product(work, matrices["expansion"], batch), work.global_steps),
+        ("token decoder", _first_place(work), work.global_steps),
         ("token decoder", later, work.new_tokens - work.global_steps - 1),
         head,
     ]
+
+
+def _first_place(work: Workload) -> Cost:
+    """The token decoder's first step in a block, over all positions before the block's first token."""
+    model, leading = work.model, work.model.leading_positions
+    return _product(work, _matrices(model)["token decoder"], work.batch_size * leading) + _attention(
+        work, model.tokens, leading * (leading + 1) / 2, reads_cache=False
+    )
 
 
 def _product(work: Workload, matrices: float, rows: int) -> Cost:

@@ -32,7 +32,7 @@ class Measurement:
         cache_bytes_per_sequence: what the formula of the paper's section 2.4 says.
         roofline: least seconds of decoding on this device / measured ones.
         prompt_roofline: the same of prompts.
-        flops_per_token: of decoding.
+        flops_per_token: of decoding, which makes all new tokens but the first.
         moved_bytes_per_token: of decoding.
     """
 
@@ -86,7 +86,7 @@ def measure(generator: Generator, work: Workload, limits: DeviceLimits, repeats:
     steps = decoding_costs(work)
     least = sum(limits.seconds(cost.flops, cost.moved_bytes) * count for _, cost, count in steps)
     least_prompt = sum(limits.seconds(cost.flops, cost.moved_bytes) for cost in prompt_costs(work).values())
-    tokens = work.batch_size * work.new_tokens
+    tokens = work.batch_size * (work.new_tokens - 1)
     return Measurement(
         batch_size=work.batch_size,
         prompt_tokens=work.prompt_tokens,

@@ -6,8 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks import generation
 from benchmarks.generation import ON_CPU, ON_GPU, Reference, run_protocol
 from evaluation.throughput.study import Setting
+from tests.tools.outcomes import Script
 
 SETTING = Setting(5, 3)
 
@@ -38,3 +40,15 @@ def test_every_reference_is_of_a_point_that_is_measured() -> None:
             assert name in protocol.losses
             assert setting in protocol.settings
             assert size in protocol.batch_sizes or (size is None and protocol.largest)
+
+
+def test_mistakes_are_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    script = Script(Path(generation.__file__), monkeypatch, capsys)
+    (tmp_path / "file").touch()
+    outcome = script("--output", tmp_path / "file")
+    assert (outcome.status, len(outcome.errors)) == (2, 1)
+    assert "cannot be made: File exists; name another folder" in outcome.errors[0]
+    outcome = script("--output", tmp_path, "--repeats", "0")
+    assert (outcome.status, "0 is not a number of at least 1" in outcome.errors[-1]) == (2, True)

@@ -33,9 +33,9 @@ def test_steps_and_tokens_add_up() -> None:
         for prompt, new in ((128, 256), (130, 257), (1, 3)):
             steps = decoding_costs(Workload(paper_model(name), 8, prompt, new, 4))
             counts = [(component, count) for component, _, count in steps]
-            assert ("head", new) in counts
+            assert ("head", new - 1) in counts, "the first token comes with the prompt"
             made = sum(count for component, count in counts if component in ("token decoder", "layers"))
-            assert made == (new if name.startswith("block") else new - 1)
+            assert made == new - 1
 
 
 def test_weights_are_read_once_for_the_batch_and_caches_by_each() -> None:
@@ -48,10 +48,17 @@ def test_weights_are_read_once_for_the_batch_and_caches_by_each() -> None:
     assert (many["layers"].moved_bytes - one["layers"].moved_bytes) / 31 == pytest.approx(cached)
 
 
-def test_a_block_model_reads_a_block_decoder_once_per_block_and_prompts_need_no_token_decoder() -> None:
+def test_a_block_model_reads_a_block_decoder_once_per_block_and_a_token_decoder_once_for_a_prompt() -> None:
     work = Workload(paper_model("block_main_b4_5"), 4, 128, 256, 4)
     steps = decoding_costs(work)
     assert [count for name, _, count in steps if name == "block decoder"] == [63]
-    assert [count for name, _, count in steps if name == "token decoder"] == [64, 192]
-    assert set(prompt_costs(work)) == {"embedder", "block decoder"}
-    assert prompt_costs(work)["embedder"].flops == 0  # a table without projection
+    assert [count for name, _, count in steps if name == "token decoder"] == [63, 192]
+    prompt = prompt_costs(work)
+    assert set(prompt) == {"embedder", "block decoder", "expansion", "token decoder", "head"}
+    assert prompt["embedder"].flops == 0  # a table without projection
+    # Whatever the length of the prompt, the first token takes one step of the token decoder.
+    longer = prompt_costs(Workload(work.model, 4, 1024, 256, 4))
+    assert [name for name in prompt if longer[name] != prompt[name]] == ["block decoder"]
+    first_step = next(cost for name, cost, _ in steps if name == "token decoder")
+    assert prompt["token decoder"] == first_step
+    assert prompt_costs(Workload(paper_model("vanilla_31"), 4, 128, 256, 4))["head"].flops == 4 * 2 * 50304 * 256
