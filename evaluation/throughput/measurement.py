@@ -74,9 +74,7 @@ def measure(generator: Generator, work: Workload, limits: DeviceLimits, repeats:
         InferenceError: it does not fit into memory.
     """
     device = next(generator.stage.parameters()).device
-    needed = work.batch_size * work.cache_bytes_per_sequence
-    # Before the prompts are made: of too many sequences, these alone could fill the memory.
-    check_room_for_cache(needed, work.batch_size, work.prompt_tokens + work.new_tokens, device)
+    _check_room(work, device)
     prompts = random_prompts(work)
     peak = PeakMemory(device)
     _timed(generator, prompts, work.new_tokens, device)
@@ -102,6 +100,12 @@ def measure(generator: Generator, work: Workload, limits: DeviceLimits, repeats:
         flops_per_token=sum(cost.flops * count for _, cost, count in steps) / tokens,
         moved_bytes_per_token=sum(cost.moved_bytes * count for _, cost, count in steps) / tokens,
     )
+
+
+def _check_room(work: Workload, device: torch.device) -> None:
+    """Raises InferenceError before prompts are made: of too many sequences, these alone could fill the memory."""
+    needed = work.batch_size * work.cache_bytes_per_sequence
+    check_room_for_cache(needed, work.batch_size, work.prompt_tokens + work.new_tokens, device)
 
 
 def random_prompts(work: Workload) -> list[list[int]]:
