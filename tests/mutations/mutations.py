@@ -346,6 +346,6 @@ MUTATIONS = (
         '("block decoder", blocks, work.global_steps)',
         '("block decoder", blocks, work.new_tokens)',
         "tests/evaluation/throughput/test_costs.py::"
-        "test_a_block_model_reads_a_block_decoder_once_per_block_and_prompts_need_no_token_decoder",
+        "test_a_block_model_reads_a_block_decoder_once_per_block_and_a_token_decoder_once_for_a_prompt",
     ),
 )
