@@ -64,6 +64,8 @@ def test_a_model_that_learned_the_answers_finds_the_needles(tokenizer: Tokenizer
     generator = Generator(stage.eval(), tokenizer.eos_id, tokenizer.vocab_size)
     result = test.run(generator, batch_tokens=1000)
     assert [(cell.hits, cell.leading_digits) for cell in result.cells] == [(1, 7)] * 4
+    for cell in result.cells:
+        assert test.builder.sample(test.haystack, cell.prompt, 320, cell.depth, 0).number in cell.example
     others = prepare_needle_test(model, tokenizer, haystack, [320], samples=1, depths=(0, 100), seed=5)
     assert sum(cell.hits for cell in others.run(generator, batch_tokens=1000).cells) == 0, (
         "it has learned answers, not to search"
