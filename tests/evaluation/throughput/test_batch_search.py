@@ -51,3 +51,9 @@ def test_nothing_fits_and_limits() -> None:
 def test_memory_per_sequence_is_a_slope() -> None:
     assert bytes_per_sequence([Trial(1, 110), Trial(2, 120), Trial(8, None), Trial(4, 140)]) == 10
     assert bytes_per_sequence([Trial(1, 110)]) == 110
+
+
+def test_the_search_ends_when_less_than_the_reserve_is_free() -> None:
+    """1 GiB for each sequence: with 8 of 9.5 GiB taken, it could go on to 9."""
+    sizes = [trial.batch_size for trial in search(GIBIBYTE, int(9.5 * GIBIBYTE))]
+    assert sizes == [1, 2, 6, 8]

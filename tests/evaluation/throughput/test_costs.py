@@ -62,3 +62,12 @@ def test_a_block_model_reads_a_block_decoder_once_per_block_and_a_token_decoder_
     first_step = next(cost for name, cost, _ in steps if name == "token decoder")
     assert prompt["token decoder"] == first_step
     assert prompt_costs(Workload(paper_model("vanilla_31"), 4, 128, 256, 4))["head"].flops == 4 * 2 * 50304 * 256
+
+
+def test_tokens_of_a_block_read_what_the_block_holds_so_far() -> None:
+    """The tokens after the first read 3, 4 and 5 positions."""
+    model = paper_model("block_main_b4_5")
+    works = (Workload(model, size, 128, 256, 4) for size in (1, 5))
+    one, five = (next(cost for name, cost, count in decoding_costs(work) if count == 192) for work in works)
+    positions = 2 * 3 * 256 * 4  # bytes of keys and values of three layers
+    assert (five.moved_bytes - one.moved_bytes) / 4 == pytest.approx(4 * positions)
