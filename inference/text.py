@@ -49,13 +49,17 @@ class TextGeneration:
 
 
 class _GrowingText:
-    """The text of tokens that come one by one, and the moments of the first and the last."""
+    """The text of tokens that come one by one, and the moments of the first and the last.
+
+    Only the newest tokens are decoded again, together with some before them whose text is known: a tokenizer may drop
+    the space before the first token, and a character may take several tokens.
+    """
 
     def __init__(self, tokenizer: Tokenizer, prompt_ids: Sequence[int], on_text: Callable[[str], object]) -> None:
         self._tokenizer = tokenizer
         self._ids = list(prompt_ids)
-        # Decoded together with the prompt, because a tokenizer may drop the space before the first token of a text.
-        self._begin = self._shown = len(tokenizer.decode(self._ids))
+        self._known_from, self._known_to = 0, len(self._ids)
+        self._pieces: list[str] = []
         self._on_text = on_text
         self._started = time.perf_counter()
         self.moments: list[float] = []
@@ -63,20 +67,21 @@ class _GrowingText:
     def add(self, token: int) -> None:
         self.moments.append(time.perf_counter() - self._started)
         self._ids.append(token)
-        text = self._tokenizer.decode(self._ids)
-        if not text.endswith(INCOMPLETE):
-            self._show(text)
+        self._show(is_last=False)
 
     def finish(self) -> str:
         """Shows the rest, even if it ends within a character; returns all that came behind the prompt."""
-        text = self._tokenizer.decode(self._ids)
-        self._show(text)
-        return text[self._begin :]
+        self._show(is_last=True)
+        return "".join(self._pieces)
 
-    def _show(self, text: str) -> None:
-        if len(text) > self._shown:
-            self._on_text(text[self._shown :])
-            self._shown = len(text)
+    def _show(self, is_last: bool) -> None:
+        known = self._tokenizer.decode(self._ids[self._known_from : self._known_to])
+        text = self._tokenizer.decode(self._ids[self._known_from :])
+        if len(text) <= len(known) or (text.endswith(INCOMPLETE) and not is_last):
+            return
+        self._pieces.append(text[len(known) :])
+        self._on_text(self._pieces[-1])
+        self._known_from, self._known_to = self._known_to, len(self._ids)
 
 
 def _encode(generator: Generator, tokenizer: Tokenizer, prompt: str) -> list[int]:

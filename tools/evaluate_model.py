@@ -38,8 +38,7 @@ from inference.memory import explained_memory_errors
 from parallel.errors import ConfigurationError
 from parallel.topology import start_single_process
 from tools.command_line import exit_on_termination, positive, run
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+from tools.precision import add_precision, chosen_dtype
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -63,7 +62,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--output", type=Path, metavar="DIR", help="write everything there and nothing into the run's folder")
     add("--json", type=Path, metavar="FILE", help="also write the results of a single evaluation there")
     add("--tokenizer", type=Path, metavar="FILE", help="tokenizer (default: that of the data or the import)")
-    add("--dtype", choices=DTYPES, help="type of the weights (default: bfloat16 on a GPU, else float32)")
+    add_precision(parser)
     add(
         "--batch-tokens",
         type=positive,
@@ -158,7 +157,7 @@ def main() -> None:
     print(f"step {trained.step} of {trained.folder.name}", flush=True)
     start_single_process()
     try:
-        model = LoadedModel(request, trained.load(dtype=_dtype(arguments.dtype)))
+        model = LoadedModel(request, trained.load(dtype=chosen_dtype(arguments.precision)))
         for evaluate in evaluations:
             with explained_memory_errors("the batches of an evaluation", _smaller_batches(arguments)):
                 result = evaluate(model)
@@ -183,12 +182,6 @@ def _smaller_batches(arguments: argparse.Namespace) -> str:
         f"lower --batch-tokens, which is {arguments.batch_tokens}, or --batch-size for validation, which is "
         f"{arguments.batch_size}"
     )
-
-
-def _dtype(name: str | None) -> torch.dtype:
-    if name is None:
-        return torch.bfloat16 if torch.cuda.is_available() else torch.float32
-    return DTYPES[name]
 
 
 def _show(result: EvaluationResult, report: Report, json_file: Path | None) -> None:

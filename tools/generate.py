@@ -30,6 +30,7 @@ from inference.tokenizer_choice import tokenizer_of
 from parallel.errors import ConfigurationError
 from parallel.topology import start_single_process
 from tools.command_line import run
+from tools.precision import add_precision, chosen_dtype
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -49,23 +50,26 @@ def parse_arguments() -> argparse.Namespace:
     add("--top-p", type=float, default=1.0, metavar="P", help="draw from the smallest set of this probability")
     add("--seed", type=int, default=0, metavar="S", help="seed of the draws (default 0)")
     add("--tokenizer", type=Path, metavar="FILE", help="tokenizer (default: that of the data or the import)")
+    add_precision(parser)
     add("--stats", action="store_true", help="say how fast it was")
     return parser.parse_args()
 
 
-def prompts(arguments: argparse.Namespace) -> Iterator[str]:
-    """The texts to continue."""
+def given_prompt(arguments: argparse.Namespace) -> str | None:
+    """The text to continue; None if it is to be asked for."""
     if arguments.prompt is not None:
-        yield arguments.prompt
-    elif arguments.prompt_file is not None:
-        yield read_prompt(f"--prompt-file {arguments.prompt_file}", arguments.prompt_file.read_bytes)
-    elif not sys.stdin.isatty():
-        yield read_prompt("the standard input", sys.stdin.buffer.read)
-    else:
-        with contextlib.suppress(EOFError):
-            while True:
-                if prompt := input("prompt (Ctrl-D ends): "):
-                    yield prompt
+        return str(arguments.prompt)
+    if arguments.prompt_file is not None:
+        return read_prompt(f"--prompt-file {arguments.prompt_file}", arguments.prompt_file.read_bytes)
+    return None if sys.stdin.isatty() else read_prompt("the standard input", sys.stdin.buffer.read)
+
+
+def asked_prompts() -> Iterator[str]:
+    """What a person types."""
+    with contextlib.suppress(EOFError):
+        while True:
+            if prompt := input("prompt (Ctrl-D ends): "):
+                yield prompt
 
 
 def read_prompt(called: str, read: Callable[[], bytes]) -> str:
@@ -90,15 +94,22 @@ def main() -> None:
     sampling = sampling_config(
         temperature=arguments.temperature, top_k=arguments.top_k, top_p=arguments.top_p, seed=arguments.seed
     )
+    prompt = given_prompt(arguments)
     trained = find_trained_model(arguments.checkpoint)
     for step, reason in trained.skipped:
         print(f"warning: step {step} is skipped: {reason}", file=sys.stderr)
     tokenizer = tokenizer_of(trained.model, trained.data, arguments.tokenizer or trained.tokenizer)
     start_single_process()
     try:
-        generator = Generator(trained.load(), tokenizer.eos_id, tokenizer.vocab_size)
-        for prompt in prompts(arguments):
+        stage = trained.load(dtype=chosen_dtype(arguments.precision))
+        generator = Generator(stage, tokenizer.eos_id, tokenizer.vocab_size)
+        if prompt is not None:
             continue_prompt(generator, tokenizer, prompt, arguments, sampling)
+        for asked in asked_prompts() if prompt is None else ():
+            try:
+                continue_prompt(generator, tokenizer, asked, arguments, sampling)
+            except InferenceError as error:
+                print(f"error: {error}", file=sys.stderr)
     finally:
         torch.distributed.destroy_process_group()
 

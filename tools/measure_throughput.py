@@ -29,9 +29,8 @@ from parallel.errors import ConfigurationError
 from parallel.stage import build_stage
 from parallel.topology import start_single_process
 from tools.command_line import make_output_folder, positive, run
+from tools.precision import add_precision, chosen_dtype
 from train.config_file import load_config
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -61,7 +60,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--largest", type=positive, default=2**16, metavar="B", help="largest batch size that is searched")
     add("--losses", nargs="+", type=float, metavar="L", help="a loss for each model, for a plot against loss")
     add("--repeats", type=positive, default=5, metavar="N", help="timed runs of each point (default 5)")
-    add("--precision", choices=DTYPES, help="of weights and caches (default: bf16 on a GPU, fp32 on CPU)")
+    add_precision(parser)
     add("--threads", type=positive, metavar="N", help="threads on CPU (default: torch's choice)")
     add("--output", type=Path, required=True, metavar="DIR", help="folder for throughput.csv, results.md and plots")
     return parser.parse_args()
@@ -111,8 +110,7 @@ def main() -> None:
     arguments = parse_arguments()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    on_gpu = compute_device().type == "cuda"
-    dtype = DTYPES[arguments.precision or ("bf16" if on_gpu else "fp32")]
+    dtype = chosen_dtype(arguments.precision)
     models = candidates(arguments, dtype)
     make_output_folder(arguments.output)
     records = RecordFile(arguments.output / "throughput.csv")

@@ -8,6 +8,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch.distributed
@@ -162,6 +163,32 @@ def test_a_prompt_from_a_file_or_standard_input(
     missing = generate(run_folder, "--prompt-file", str(tmp_path / "none"), prompt=None)
     assert missing.status == 2
     assert "--prompt-file" in missing.errors[0]
+
+
+def test_a_person_is_asked_again_after_a_bad_prompt(
+    generate: Generate, run_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers = iter(["word " * 200, PROMPT])
+
+    def ask(question: str) -> str:
+        try:
+            return next(answers)
+        except StopIteration:
+            raise EOFError from None
+
+    expected = generate(run_folder).output
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(isatty=lambda: True))
+    monkeypatch.setattr("builtins.input", ask)
+    outcome = generate(run_folder, prompt=None)
+    assert outcome.status == 0
+    assert outcome.output == expected
+    assert [line for line in outcome.errors if line.startswith("error: the prompt has")]
+
+
+def test_bfloat16_on_request(generate: Generate, run_folder: Path) -> None:
+    outcome = generate(run_folder, "--precision", "bf16")
+    assert outcome.status == 0
+    assert outcome.output.startswith(PROMPT)
 
 
 def test_statistics_are_one_line(generate: Generate, run_folder: Path) -> None:
