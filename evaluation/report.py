@@ -5,6 +5,7 @@ import fcntl
 import json
 import math
 import os
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -57,12 +58,16 @@ class Report:
             with SummaryWriter(str(self.tensorboard)) as writer:
                 for tag, value in result.scalars().items():
                     writer.add_scalar(f"evaluation/{result.name}/{tag}", value, self.step)
-            plots = self.folder / "plots"
-            plots.mkdir(exist_ok=True)
-            drawn = result.draw(plots)
-            if not any(plots.iterdir()):
-                plots.rmdir()
-        return drawn
+            return self._draw(result)
+
+    def _draw(self, result: EvaluationResult) -> list[Path]:
+        """Puts whole plots in their place; a folder for none would be of no use."""
+        plots = self.folder / "plots"
+        with tempfile.TemporaryDirectory(dir=self.folder, prefix=".plots") as temporary:
+            drawn = result.draw(Path(temporary))
+            if drawn:
+                plots.mkdir(exist_ok=True)
+            return [path.rename(plots / path.name) for path in drawn]
 
     def _read(self) -> dict[str, Any]:
         """The results in the file."""
