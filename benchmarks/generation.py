@@ -174,9 +174,7 @@ def run_protocol(protocol: Protocol, device: torch.device, dtype: torch.dtype, r
     report = [limits.describe()]
     models = [candidate(name, loss, dtype) for name, loss in protocol.losses.items()]
     for model in models:
-        splits = study.run(model, protocol.settings, protocol.batch_sizes, 1)
-        if protocol.largest:
-            splits = study.run(model, protocol.settings, None, protocol.largest)
+        splits = study.run(model, protocol.settings, protocol.batch_sizes, protocol.largest)
         report += ["", *walltime_table(model.name, splits)]
     found = records.on(limits, {model.name: model.config for model in models})
     draw_throughput(output, found, models, limits)

@@ -14,8 +14,8 @@ class KeyValueCache:
     That is 2 n D T values for a vanilla model, 2 n D T / L for a block decoder, 2 n D (P + L - 1) for a token decoder
     (paper section 2.4).
 
-    A CUDA graph cannot follow a number that Python counts: between `fix` and the next reset, one position at a time is
-    stored where a tensor says.
+    A CUDA graph cannot follow a number that Python counts: from `fix` on, one position at a time is stored where a
+    tensor says.
 
     Attributes:
         length: positions held so far.

@@ -117,11 +117,11 @@ def main() -> None:
     limits = measure_device_limits(compute_device(), dtype)
     print(limits.describe(), flush=True)
     study = Study(limits, records, arguments.repeats, tell=lambda line: print(line, file=sys.stderr, flush=True))
+    largest = None if arguments.batch_sizes else arguments.largest
     start_single_process()
     try:
         splits = {
-            model.name: study.run(model, arguments.settings, arguments.batch_sizes, arguments.largest)
-            for model in models
+            model.name: study.run(model, arguments.settings, arguments.batch_sizes or (), largest) for model in models
         }
     finally:
         torch.distributed.destroy_process_group()

@@ -65,26 +65,26 @@ class Study:
         self._tell = tell
 
     def run(
-        self, candidate: Candidate, settings: Sequence[Setting], batch_sizes: Sequence[int] | None, largest: int
+        self, candidate: Candidate, settings: Sequence[Setting], batch_sizes: Sequence[int], largest: int | None = None
     ) -> dict[Setting, dict[str, float]]:
         """Measures one model.
 
         Args:
             candidate: the model.
             settings: prompt and new tokens.
-            batch_sizes: to measure; None searches for the largest that fits.
-            largest: no larger batch is searched.
+            batch_sizes: to measure.
+            largest: the largest batch size that fits is searched too, up to this; None: it is not.
 
         Returns:
             For each setting, seconds by component at the largest batch size.
         """
         generator = Generator(candidate.load(), pad_id=0)
         for setting in settings:
-            if batch_sizes is None:
+            for size in batch_sizes:
+                self._measured(generator, candidate, setting, size)
+            if largest is not None:
                 attempt = partial(self._peak_bytes, generator, candidate, setting)
                 search_batch_sizes(attempt, free_memory(_device(generator)), largest)
-            for size in batch_sizes or ():
-                self._measured(generator, candidate, setting, size)
         one_by_one = Generator(generator.stage, pad_id=0, graphs=False)
         sizes = {setting: self._largest_measured(candidate, setting) for setting in settings}
         return {

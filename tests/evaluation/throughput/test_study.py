@@ -71,7 +71,7 @@ def test_a_study_goes_on_where_it_was_interrupted(tmp_path: Path) -> None:
     def study(told: list[str]) -> RecordFile:
         records = RecordFile(path)
         for model in models:
-            splits = Study(LIMITS, records, 1, told.append).run(model, settings, [1, 2], 2)
+            splits = Study(LIMITS, records, 1, told.append).run(model, settings, [1, 2])
             assert list(splits) == settings
         return records
 
@@ -97,13 +97,13 @@ def test_what_does_not_fit_is_remembered(tmp_path: Path) -> None:
     huge = Setting(8, 2**40)
     told: list[str] = []
     study = Study(LIMITS, records, 1, told.append)
-    assert study.run(candidate("vanilla"), [huge], [4], 4) == {}
+    assert study.run(candidate("vanilla"), [huge], [4]) == {}
     assert "need" in told[0]
     assert "GiB are free" in told[0]
     (record,) = RecordFile(tmp_path / "throughput.csv").records.values()
     assert record.measurement is None
     assert "does not fit" in measurement_table([record])[2]
-    assert study.run(candidate("vanilla"), [Setting(8, 3)], None, 3) != {}
+    assert study.run(candidate("vanilla"), [Setting(8, 3)], (), 3) != {}
     sizes = [point.batch_size for point in records.records if point.new_tokens == 3]
     assert sizes == [1, 2, 3]
 
@@ -132,12 +132,12 @@ def test_an_empty_file_gets_its_header(tmp_path: Path) -> None:
 def test_a_line_that_was_cut_off_counts_for_nothing_even_within_its_last_number(tmp_path: Path) -> None:
     path = tmp_path / "throughput.csv"
     one = candidate("block")
-    Study(LIMITS, RecordFile(path), 1, lambda line: None).run(one, [Setting(8, 5)], [1, 2], 2)
+    Study(LIMITS, RecordFile(path), 1, lambda line: None).run(one, [Setting(8, 5)], [1, 2])
     path.write_text(path.read_text()[:-4])
     records = RecordFile(path)
     assert [point.batch_size for point in records.records] == [1]
     whole = Study(LIMITS, records, 1, lambda line: None)
-    whole.run(one, [Setting(8, 5)], [2, 3], 3)
+    whole.run(one, [Setting(8, 5)], [2, 3])
     assert RecordFile(path).records == records.records
     assert len(records.records) == 3
 
@@ -148,7 +148,7 @@ def test_a_model_of_the_same_name_with_other_settings_is_measured_anew(tmp_path:
     config = small_config("block", length=2)
     after = replace(before, config=config, load=lambda: small_stage(config))
     for one in (before, after, after):
-        Study(LIMITS, records, 1, lambda line: None).run(one, [Setting(8, 5)], [1], 1)
+        Study(LIMITS, records, 1, lambda line: None).run(one, [Setting(8, 5)], [1])
     assert len(records.records) == 2
     (shown,) = records.on(LIMITS, {"block": config})
     assert shown.point.settings == digest_of(config)
