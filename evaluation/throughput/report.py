@@ -40,7 +40,8 @@ def _cells(measured: Measurement, memory: float) -> list[str]:
         f"{measured.prompt_roofline:.0%}",
         f"{measured.flops_per_token / 1e6:,.1f}",
         f"{measured.moved_bytes_per_token / 1e6:,.2f}",
-        f"{memory / MEBIBYTE:,.2f}",
+        # Less than keys and values take: so few sequences are lost in what the process takes and gives back anyway.
+        f"{memory / MEBIBYTE:,.2f}" if memory >= measured.cache_bytes_per_sequence else "-",
         f"{measured.cache_bytes / measured.batch_size / MEBIBYTE:,.3f}",
         f"{measured.cache_bytes_per_sequence / MEBIBYTE:,.3f}",
     ]

@@ -86,6 +86,10 @@ def test_a_study_goes_on_where_it_was_interrupted(tmp_path: Path) -> None:
     table = measurement_table(list(again.records.values()))
     assert len(table) == 2 + 8
     assert {line.count("|") for line in table} == {14}
+    least = next(iter(again.records.values()))
+    assert least.measurement is not None
+    shrunken = replace(least, measurement=replace(least.measurement, peak_bytes=0))
+    assert measurement_table([shrunken])[2].split(" | ")[-3] == "-"
     assert len(walltime_table("block", {settings[0]: {"head": 0.1}})) == 3
     plots = draw_throughput(tmp_path, list(again.records.values()), models, LIMITS)
     assert [plot.name for plot in plots] == ["throughput_by_batch_size.png", "throughput_by_loss.png"]
