@@ -4,12 +4,14 @@ B sequences (for a token decoder, one block of each), T new positions, D width.
 """
 
 from collections.abc import Callable
+from functools import cached_property
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from inference.cpu_kernels.kernels import stack_kernel
 from inference.dense import dense_of
 from inference.kv_cache import KeyValueCache
 from parallel.attention import CrossAttention, SelfAttention, rotary_tables
@@ -42,6 +44,11 @@ class Rotary:
             self._here = self._cosine.index_select(0, cache.position), self._sine.index_select(0, cache.position)
         else:
             self._here = self._cosine.narrow(0, cache.length, count), self._sine.narrow(0, cache.length, count)
+
+    @property
+    def tables(self) -> tuple[Tensor, Tensor]:
+        """Cosine and sine [capacity, 1, 1, size] of all positions."""
+        return self._cosine, self._sine
 
     def rotate_(self, heads: Tensor) -> None:
         """Rotates [B, positions, groups, heads, head size] in place."""
@@ -173,10 +180,11 @@ class CachedLayer:
 
 
 class CachedStack:
-    """The layers of one decoder and their cache."""
+    """The layers of one decoder and their cache; computed by a C++ kernel where there is one for them."""
 
     def __init__(self, layers: list[DecoderLayer]) -> None:
-        self._layers = [CachedLayer(layer, index) for index, layer in enumerate(layers)]
+        self._modules = layers
+        self._kernel: Callable[..., Tensor] | None = stack_kernel(layers)
         attention = layers[0].attention
         self._shape = (len(layers), attention.local.groups, attention.stack.head_size)
         weight = layers[0].attention_norm.get_parameter("weight")
@@ -184,13 +192,20 @@ class CachedStack:
         self._rotary = Rotary(attention)
         self.cache = self._new_cache(0, 0)
 
+    @cached_property
+    def _layers(self) -> list[CachedLayer]:
+        return [CachedLayer(layer, index) for index, layer in enumerate(self._modules)]
+
     def start(self, num_sequences: int, capacity: int) -> None:
         """Takes memory for so many sequences and positions."""
         self.cache = self._new_cache(num_sequences, capacity)
         self._rotary.start(capacity, self._device, self._dtype)
 
     def instrument(self, name: str, wrap: Callable[[str, Callable[..., Any]], Callable[..., Any]]) -> None:
-        """Puts a wrapper around attention and feed-forward parts, under the name of the stack."""
+        """Puts a wrapper around the kernel, or around attention and feed-forward parts, under the name of the stack."""
+        if self._kernel is not None:
+            self._kernel = wrap(name, self._kernel)
+            return
         for layer in self._layers:
             layer.instrument(name, wrap)
 
@@ -200,12 +215,17 @@ class CachedStack:
             layer.start_block(context)
 
     def __call__(self, hidden: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Runs new positions [B, T, D] through all layers, and remembers them."""
-        self._rotary.move_to(self.cache, hidden.shape[1])
-        for layer in self._layers:
-            hidden = layer(hidden, self.cache, self._rotary, mask)
-        self.cache.advance(hidden.shape[1])
-        return hidden
+        """Runs new positions [B, T, D] through all layers, and remembers them; returns the last ones [B, D]."""
+        cache, positions = self.cache, hidden.shape[1]
+        if self._kernel is not None and cache.position is None:
+            last = self._kernel(hidden, cache.memory, cache.length, self._rotary.tables, mask)
+        else:
+            self._rotary.move_to(cache, positions)
+            for layer in self._layers:
+                hidden = layer(hidden, cache, self._rotary, mask)
+            last = hidden[:, -1]
+        cache.advance(positions)
+        return last
 
     def _new_cache(self, num_sequences: int, capacity: int) -> KeyValueCache:
         return KeyValueCache(*self._shape, num_sequences, capacity, self._dtype, self._device)

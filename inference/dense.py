@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from megatron.core import parallel_state
 from torch import Tensor, nn
 
+from inference.cpu_kernels.kernels import NormedLinearKernel, kernels_for
 from inference.packed_matrix import PackedMatrix, can_pack
 from parallel.linear import SharedRowsLinear
 
@@ -46,3 +47,25 @@ def dense_of(layer: nn.Module, sums_parts: bool = False) -> Dense:
     if isinstance(layer, SharedRowsLinear):
         return Dense(weight[layer.rows], None if bias is None else bias[layer.rows])
     return Dense(weight, bias, sums_parts)
+
+
+class NormedLinear:
+    """A norm and a linear layer behind it, by a C++ kernel where there is one.
+
+    Args:
+        norm: over the last dimension.
+        linear: torch's or Megatron-core's; of the latter this rank's outputs.
+    """
+
+    def __init__(self, norm: nn.Module, linear: nn.Module) -> None:
+        library = kernels_for(linear.get_parameter("weight"))
+        self._kernel = None if library is None else NormedLinearKernel(library, norm, linear)
+        self._norm = norm
+        self._dense = dense_of(linear) if library is None else None
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        """Maps [B, D] to [B, outputs]."""
+        if self._kernel is not None:
+            return self._kernel(hidden)
+        assert self._dense is not None
+        return self._dense(self._norm(hidden))

@@ -13,12 +13,13 @@ from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_regi
 from torch import Tensor
 
 from inference.cached_layer import CachedStack
-from inference.dense import Dense
+from inference.dense import NormedLinear
 from inference.kv_cache import KeyValueCache
 from parallel.config import ModelConfig
 from parallel.decoder_layer import DecoderLayer
 from parallel.inputs import MicroBatch, ModelInputs, prepare_inputs
-from parallel.pieces import BlockOutput, OutputHead, VanillaInput
+from parallel.output_head import OutputHead
+from parallel.pieces import BlockOutput, VanillaInput
 from parallel.stage import Stage
 from parallel.structure import piece_names
 from parallel.token_inputs import BEGIN_ID, TokenInput
@@ -91,13 +92,12 @@ class Head:
     """Final norm and head over the whole vocabulary, of one position of each sequence."""
 
     def __init__(self, output: OutputHead) -> None:
-        self._norm = output.norm
-        self._matrix = Dense(output.head.weight)
+        self._linear = NormedLinear(output.norm, output.head)
         self._is_split = parallel_state.get_tensor_model_parallel_world_size() > 1
 
     def __call__(self, hidden: Tensor) -> Tensor:
         """Hidden states [B, D] -> logits [B, V]."""
-        logits = self._matrix(self._norm(hidden))
+        logits = self._linear(hidden)
         if not self._is_split:
             return logits
         gathered: Tensor = gather_from_tensor_model_parallel_region(
@@ -133,8 +133,9 @@ class BlockEngine(Engine):
         super().__init__(stage)
         self._embedder: Callable[..., Tensor] = stage.piece("embedder")
         self._blocks = self._stack("block_decoder")
-        self._block_output = cast(BlockOutput, stage.piece("block_decoder.output"))
         self._input = cast(TokenInput, stage.piece("token_decoder.input"))
+        block_output = cast(BlockOutput, stage.piece("block_decoder.output"))
+        self._expansion: Callable[[Tensor], Tensor] = NormedLinear(block_output.norm, self._input.expansion)
         self._tokens = self._stack("token_decoder")
         self._mask: _KeyMask
         self._vectors: Tensor
@@ -172,7 +173,7 @@ class BlockEngine(Engine):
         self._tokens.start(len(embedded), self.config.local_length)
         self._mask = _KeyMask(inputs.token_mask.any(dim=2), self._blocks.cache)
         hidden = self._blocks(embedded.contiguous(), inputs.global_mask)
-        return self._start_block(hidden[:, -1])
+        return self._start_block(hidden)
 
     def append(self, tokens: Tensor) -> Tensor:
         """Adds to the current block, and starts the next one when it is full; see Engine."""
@@ -192,16 +193,15 @@ class BlockEngine(Engine):
     def _block_step(self, tokens: Tensor) -> Tensor:
         """Logits [B, V] of the first token behind a block of tokens [B, L]."""
         embedded = self._embedder(None, _real_inputs(tokens[:, None])).transpose(0, 1)
-        return self._start_block(self._blocks(embedded, self._mask.of_next())[:, -1])
+        return self._start_block(self._blocks(embedded, self._mask.of_next()))
 
     def _start_block(self, hidden: Tensor) -> Tensor:
         """Logits [B, V] of a block's first token, from the block decoder's last hidden states [B, D]."""
         self._block = []
         self._tokens.cache.reset()
-        context = self._block_output.norm(hidden)
-        self._vectors = self._input.expansion(context).view(len(hidden), self._input.num_vectors, -1)
+        self._vectors = self._expansion(hidden).view(len(hidden), self._input.num_vectors, -1)
         if self.config.token_decoder_input == "prefix":
-            return self._head(self._tokens(self._vectors)[:, -1])
+            return self._head(self._tokens(self._vectors))
         if self.config.has_cross_attention:
             self._tokens.start_block(self._vectors)
         begin = torch.full((len(hidden),), BEGIN_ID, dtype=torch.int64, device=hidden.device)
@@ -213,7 +213,7 @@ class BlockEngine(Engine):
         embedded: Tensor = self._input.embedding(tokens[:, None])
         if self.config.token_decoder_input == "summation":
             embedded = embedded + self._vectors[:, place : place + 1]
-        return self._head(self._tokens(embedded)[:, -1])
+        return self._head(self._tokens(embedded))
 
 
 class VanillaEngine(Engine):
@@ -251,12 +251,12 @@ class VanillaEngine(Engine):
         capacity = batch.token_ids.shape[1] + max_new_tokens
         self._layers.start(len(batch.token_ids), capacity)
         self._mask = _KeyMask(batch.mask, self._layers.cache)
-        return self._head(self._layers(self._input.embedding(batch.token_ids), inputs.global_mask)[:, -1])
+        return self._head(self._layers(self._input.embedding(batch.token_ids), inputs.global_mask))
 
     def append(self, tokens: Tensor) -> Tensor:
         """Adds a token; see Engine."""
         embedded: Tensor = self._input.embedding(tokens[:, None])
-        return self._head(self._layers(embedded, self._mask.of_next())[:, -1])
+        return self._head(self._layers(embedded, self._mask.of_next()))
 
     def decode_unit(self, tokens: Tensor, choose: Choice) -> None:
         """A token step for each token; see Engine."""

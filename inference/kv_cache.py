@@ -18,6 +18,7 @@ class KeyValueCache:
     tensor says.
 
     Attributes:
+        memory: [layers, 2, sequences, groups, capacity, head size].
         length: positions held so far.
         capacity: positions there is room for.
         position: int64 [1], where the next position is stored; None outside of graphs.
@@ -40,8 +41,8 @@ class KeyValueCache:
         self.position: Tensor | None = None
         self.span = 0
         check_room_for_cache(math.prod(shape) * dtype.itemsize, num_sequences, capacity, device)
-        self._memory = torch.empty(shape, dtype=dtype, device=device)
-        self._layers = self._memory.unbind(0)
+        self.memory = torch.empty(shape, dtype=dtype, device=device)
+        self._layers = self.memory.unbind(0)
 
     def append(self, layer: int, keys_and_values: Tensor) -> tuple[Tensor, Tensor]:
         """Stores new positions of a layer behind those that all layers hold.
@@ -73,8 +74,8 @@ class KeyValueCache:
         """Starts to store by a tensor, at the present length; what is behind is cleared, so that masks can hide it."""
         self.span = span
         if self.position is None:
-            self.position = torch.tensor([self.length], device=self._memory.device)
-            self._memory.narrow(4, self.length, self.capacity - self.length).zero_()
+            self.position = torch.tensor([self.length], device=self.memory.device)
+            self.memory.narrow(4, self.length, self.capacity - self.length).zero_()
 
     def reset(self) -> None:
         """Forgets all positions; the memory stays."""
@@ -82,10 +83,10 @@ class KeyValueCache:
 
     def release(self) -> None:
         """Gives the memory back; nothing can be stored afterwards."""
-        self._memory = self._memory.new_empty(0)
+        self.memory = self.memory.new_empty(0)
         self._layers = ()
 
     @property
     def bytes(self) -> int:
         """Memory taken."""
-        return self._memory.nbytes
+        return self.memory.nbytes

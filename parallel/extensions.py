@@ -1,4 +1,4 @@
-"""Where DeepSpeed's just-in-time C++ extensions are built, and the recovery from a build that was killed.
+"""Where C++ extensions are built, DeepSpeed's and our own, and the recovery from a build that was killed.
 
 torch guards each load with a file named ``lock`` that it keeps open and deletes at the end. A killed process leaves the
 file behind, and every later one would wait for it forever. So loads are serialized by a lock of the system, which dies
@@ -10,10 +10,11 @@ import hashlib
 import os
 import platform
 import shutil
+import subprocess
 import sys
 import sysconfig
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
@@ -88,6 +89,49 @@ def load_communication_op() -> str:
     with one_at_a_time(directory):
         builder.load(verbose=False)
     return f"{builder.name} ready in {time.monotonic() - started:.0f} s"
+
+
+def build_library(name: str, sources: Sequence[Path], flags: Sequence[str]) -> Path:
+    """Compiles a shared library into the cache, unless it is there.
+
+    Args:
+        name: of its folder in the cache.
+        sources: files; those that end with .cpp are compiled.
+        flags: of the compiler.
+
+    Returns:
+        The library, named by what it is made of.
+
+    Raises:
+        ConfigurationError: there is no compiler, it fails, or the cache cannot be written.
+    """
+    directory = use_extension_cache()
+    digest = hashlib.sha256("\0".join((*flags, *(source.read_text() for source in sources))).encode()).hexdigest()[:16]
+    library = directory / name / f"{digest}.so"
+    if library.exists():
+        return library
+    if shutil.which("g++") is None:
+        raise ConfigurationError(f"g++ is missing: {BUILD_TOOLS['g++']}, then run tools/build_extensions.py")
+    with one_at_a_time(directory):
+        if not library.exists():
+            _compile([source for source in sources if source.suffix == ".cpp"], flags, library)
+    return library
+
+
+def _compile(sources: Sequence[Path], flags: Sequence[str], library: Path) -> None:
+    """The library appears under its name when it is complete; see build_library."""
+    unfinished = library.with_suffix(f".{os.getpid()}")
+    command = ["g++", *flags, "-fPIC", "-shared", "-o", str(unfinished), *map(str, sources)]
+    try:
+        library.parent.mkdir(exist_ok=True)
+        subprocess.run(command, check=True, capture_output=True, text=True)
+        unfinished.replace(library)
+    except OSError as error:
+        raise ConfigurationError(f"{library} cannot be written ({error.strerror}); set TORCH_EXTENSIONS_DIR") from None
+    except subprocess.CalledProcessError as error:
+        unfinished.unlink(missing_ok=True)
+        reason = next((line for line in error.stderr.splitlines() if "error" in line), f"status {error.returncode}")
+        raise ConfigurationError(f"g++ cannot compile {library.parent.name} ({reason}); use GCC 9 or newer") from None
 
 
 @contextmanager
