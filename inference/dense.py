@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from megatron.core import parallel_state
 from torch import Tensor, nn
 
-from inference.cpu_kernels.kernels import NormedLinearKernel, kernels_for
+from inference.cpu_kernels.kernels import normed_linear_kernel
 from inference.packed_matrix import PackedMatrix, can_pack
 from parallel.linear import SharedRowsLinear
 
@@ -58,14 +58,18 @@ class NormedLinear:
     """
 
     def __init__(self, norm: nn.Module, linear: nn.Module) -> None:
-        library = kernels_for(linear.get_parameter("weight"))
-        self._kernel = None if library is None else NormedLinearKernel(library, norm, linear)
+        self._kernel = normed_linear_kernel(norm, linear)
         self._norm = norm
-        self._dense = dense_of(linear) if library is None else None
+        self._dense = dense_of(linear) if self._kernel is None else None
 
     def __call__(self, hidden: Tensor) -> Tensor:
-        """Maps [B, D] to [B, outputs]."""
+        """Maps [B, D] to [B, outputs], which may be overwritten by the next call."""
         if self._kernel is not None:
             return self._kernel(hidden)
         assert self._dense is not None
         return self._dense(self._norm(hidden))
+
+    def release(self) -> None:
+        """Gives memory back that is kept for the next call."""
+        if self._kernel is not None:
+            self._kernel.release()

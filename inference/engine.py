@@ -8,16 +8,19 @@ from collections.abc import Callable
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
-from torch import Tensor
+from torch import Tensor, nn
 
 from inference.cached_layer import CachedStack
 from inference.dense import NormedLinear
 from inference.kv_cache import KeyValueCache
 from parallel.config import ModelConfig
 from parallel.decoder_layer import DecoderLayer
+from parallel.embedders import LookupEmbedder
 from parallel.inputs import MicroBatch, ModelInputs, prepare_inputs
+from parallel.linear import TokenEmbedding
 from parallel.output_head import OutputHead
 from parallel.pieces import BlockOutput, VanillaInput
 from parallel.stage import Stage
@@ -35,7 +38,8 @@ class Engine(ABC):
         self.stage = stage
         self.config: ModelConfig = stage.model_config
         self.names = piece_names(self.config)
-        self._head: Callable[[Tensor], Tensor] = Head(cast(OutputHead, stage.piece(self.names[-1])))
+        self._output = Head(cast(OutputHead, stage.piece(self.names[-1])))
+        self._head: Callable[[Tensor], Tensor] = self._output
 
     @abstractmethod
     def process_prompts(self, batch: MicroBatch, max_new_tokens: int) -> Tensor:
@@ -83,6 +87,12 @@ class Engine(ABC):
     def caches(self) -> tuple[KeyValueCache, ...]:
         """Keys and values of the batch, on this rank."""
 
+    def release(self) -> None:
+        """Gives the memory of the batch back."""
+        self._output.release()
+        for cache in self.caches:
+            cache.release()
+
     def _stack(self, prefix: str) -> CachedStack:
         layers = [self.stage.piece(name) for name in self.names if name.startswith(f"{prefix}.layers.")]
         return CachedStack(cast(list[DecoderLayer], layers))
@@ -96,7 +106,7 @@ class Head:
         self._is_split = parallel_state.get_tensor_model_parallel_world_size() > 1
 
     def __call__(self, hidden: Tensor) -> Tensor:
-        """Hidden states [B, D] -> logits [B, V]."""
+        """Hidden states [B, D] -> logits [B, V], which may be overwritten by the next call."""
         logits = self._linear(hidden)
         if not self._is_split:
             return logits
@@ -104,6 +114,10 @@ class Head:
             logits.contiguous(), group=parallel_state.get_tensor_model_parallel_group()
         )
         return gathered
+
+    def release(self) -> None:
+        """Gives the memory of the logits back."""
+        self._linear.release()
 
 
 class _KeyMask:
@@ -132,8 +146,11 @@ class BlockEngine(Engine):
     def __init__(self, stage: Stage) -> None:
         super().__init__(stage)
         self._embedder: Callable[..., Tensor] = stage.piece("embedder")
+        self._embed_block = _block_embedder(stage.piece("embedder"))
         self._blocks = self._stack("block_decoder")
         self._input = cast(TokenInput, stage.piece("token_decoder.input"))
+        table = self._input.embedding
+        self._embedding: Callable[[Tensor], Tensor] | None = None if table is None else _lookup(table)
         block_output = cast(BlockOutput, stage.piece("block_decoder.output"))
         self._expansion: Callable[[Tensor], Tensor] = NormedLinear(block_output.norm, self._input.expansion)
         self._tokens = self._stack("token_decoder")
@@ -145,6 +162,7 @@ class BlockEngine(Engine):
         """See Engine."""
         super().instrument(wrap)
         self._embedder = wrap("embedder", self._embedder)
+        self._embed_block = wrap("embedder", self._embed_block)
         self._blocks.instrument("block decoder", wrap)
         self._tokens.instrument("token decoder", wrap)
 
@@ -192,8 +210,7 @@ class BlockEngine(Engine):
 
     def _block_step(self, tokens: Tensor) -> Tensor:
         """Logits [B, V] of the first token behind a block of tokens [B, L]."""
-        embedded = self._embedder(None, _real_inputs(tokens[:, None])).transpose(0, 1)
-        return self._start_block(self._blocks(embedded, self._mask.of_next()))
+        return self._start_block(self._blocks(self._embed_block(tokens)[:, None], self._mask.of_next()))
 
     def _start_block(self, hidden: Tensor) -> Tensor:
         """Logits [B, V] of a block's first token, from the block decoder's last hidden states [B, D]."""
@@ -209,8 +226,8 @@ class BlockEngine(Engine):
 
     def _token_step(self, tokens: Tensor, place: int) -> Tensor:
         """Logits [B, V] of the token behind these [B]; `place` is that token's place in its block."""
-        assert self._input.embedding is not None
-        embedded: Tensor = self._input.embedding(tokens[:, None])
+        assert self._embedding is not None
+        embedded = self._embedding(tokens[:, None])
         if self.config.token_decoder_input == "summation":
             embedded = embedded + self._vectors[:, place : place + 1]
         return self._head(self._tokens(embedded))
@@ -221,7 +238,7 @@ class VanillaEngine(Engine):
 
     def __init__(self, stage: Stage) -> None:
         super().__init__(stage)
-        self._input = cast(VanillaInput, stage.piece("vanilla.input"))
+        self._embedding = _lookup(cast(VanillaInput, stage.piece("vanilla.input")).embedding)
         self._layers = self._stack("vanilla")
         self._mask: _KeyMask
 
@@ -251,12 +268,11 @@ class VanillaEngine(Engine):
         capacity = batch.token_ids.shape[1] + max_new_tokens
         self._layers.start(len(batch.token_ids), capacity)
         self._mask = _KeyMask(batch.mask, self._layers.cache)
-        return self._head(self._layers(self._input.embedding(batch.token_ids), inputs.global_mask))
+        return self._head(self._layers(self._embedding(batch.token_ids), inputs.global_mask))
 
     def append(self, tokens: Tensor) -> Tensor:
         """Adds a token; see Engine."""
-        embedded: Tensor = self._input.embedding(tokens[:, None])
-        return self._head(self._layers(embedded, self._mask.of_next()))
+        return self._head(self._layers(self._embedding(tokens[:, None]), self._mask.of_next()))
 
     def decode_unit(self, tokens: Tensor, choose: Choice) -> None:
         """A token step for each token; see Engine."""
@@ -264,6 +280,24 @@ class VanillaEngine(Engine):
         for place in range(self.unit_tokens):
             tokens[:, place] = choose(self.append(newest), place)
             newest = tokens[:, place]
+
+
+def _lookup(table: TokenEmbedding) -> Callable[[Tensor], Tensor]:
+    """Looks ids up; without tensor parallelism by torch's one operator."""
+    if parallel_state.get_tensor_model_parallel_world_size() > 1:
+        return table
+    weight = table.weight.detach()
+    return lambda ids: F.embedding(ids, weight)
+
+
+def _block_embedder(embedder: nn.Module) -> Callable[[Tensor], Tensor]:
+    """Embeds a block of real tokens [B, L] as [B, D]."""
+    if isinstance(embedder, LookupEmbedder):
+        lookup, projection = _lookup(embedder.embedding), embedder.projection
+        if projection is None:
+            return lambda tokens: lookup(tokens).flatten(1)
+        return lambda tokens: projection(lookup(tokens).flatten(1))
+    return lambda tokens: embedder(None, _real_inputs(tokens[:, None]))[0]
 
 
 def _real_inputs(ids: Tensor) -> ModelInputs:

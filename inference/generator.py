@@ -109,10 +109,9 @@ class Generator:
         return self._cache_bytes
 
     def _release(self) -> None:
-        """Gives the memory of keys and values back: the next batch takes its own, and others want some in between."""
+        """Gives the memory of the batch back: the next batch takes its own, and others want some in between."""
         self._cache_bytes = sum(cache.bytes for cache in self._engine.caches)
-        for cache in self._engine.caches:
-            cache.release()
+        self._engine.release()
 
     def _continue(self, sequences: list[RunningSequence], max_new_tokens: int) -> None:
         """Runs a batch until every sequence has ended; sequence i has slot i of the engine."""

@@ -13,11 +13,16 @@ from inference.cpu_kernels.library import Layer, Library, Matrix, Norm, Stack, S
 from parallel.decoder_layer import CrossAttentionLayer, DecoderLayer
 
 
-def kernels_for(parameter: Tensor) -> Library | None:
-    """The library, if it computes with parameters like this one."""
-    if parameter.device.type != "cpu" or parameter.dtype is not torch.float32:
+def kernels_for(values: Tensor) -> Library | None:
+    """The library, if it computes with values like these."""
+    return load_kernels() if values.device.type == "cpu" and values.dtype is torch.float32 else None
+
+
+def _kernels_for_module(module: nn.Module) -> Library | None:
+    """The same, for a layer of the model; the library does not know tensor parallelism."""
+    if parallel_state.get_tensor_model_parallel_world_size() > 1:
         return None
-    return load_kernels() if parallel_state.get_tensor_model_parallel_world_size() == 1 else None
+    return kernels_for(module.get_parameter("weight"))
 
 
 class _Holder:
@@ -126,7 +131,7 @@ class StackKernel:
 
 def stack_kernel(layers: Sequence[DecoderLayer]) -> StackKernel | None:
     """The kernel of a decoder, if there is one for it."""
-    library = kernels_for(layers[0].attention_norm.get_parameter("weight"))
+    library = _kernels_for_module(layers[0].attention_norm)
     if library is None or isinstance(layers[0], CrossAttentionLayer):
         return None
     return StackKernel(library, layers)
@@ -145,12 +150,20 @@ class NormedLinearKernel:
         self._library = library
         self._holder = _Holder(library)
         self._norm, self._matrix = self._holder.norm(norm), self._holder.matrix(linear)
+        self._result = torch.empty(0, 0)
+
+    def release(self) -> None:
+        """Gives the memory of results back."""
+        self._result = torch.empty(0, 0)
 
     def __call__(self, hidden: Tensor) -> Tensor:
-        """Maps [B, D] to [B, outputs]."""
+        """Maps [B, D] to [B, outputs]; the next call overwrites them, since new memory costs more than the product."""
         hidden = hidden.contiguous()
         rows = len(hidden)
-        result = hidden.new_empty(rows, self._matrix.outputs)
+        if rows != len(self._result):
+            self._result = torch.empty(rows, self._matrix.outputs)
+            self._library.use_huge_pages(self._result.data_ptr(), self._result.nbytes)
+        result = self._result
         self._library.run_normed_linear(
             self._norm,
             self._matrix,
@@ -160,3 +173,27 @@ class NormedLinearKernel:
             torch.get_num_threads(),
         )
         return result
+
+
+def normed_linear_kernel(norm: nn.Module, linear: nn.Module) -> NormedLinearKernel | None:
+    """The kernel of a norm and a linear layer, if there is one for them."""
+    library = _kernels_for_module(linear)
+    return None if library is None else NormedLinearKernel(library, norm, linear)
+
+
+def find_most_likely(library: Library, logits: Tensor) -> tuple[Tensor, Tensor]:
+    """The largest of logits [B, V] and its place; of equal ones the first. NaN is the largest of all."""
+    if logits.stride(1) != 1:
+        logits = logits.contiguous()
+    rows, columns = logits.shape
+    highest, places = logits.new_empty(rows), torch.empty(rows, dtype=torch.int64)
+    library.find_most_likely(
+        logits.data_ptr(),
+        rows,
+        columns,
+        logits.stride(0),
+        highest.data_ptr(),
+        places.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return highest, places

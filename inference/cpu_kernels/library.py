@@ -108,6 +108,15 @@ class Library:
             ctypes.c_int64,
         )
         self.run_normed_linear.restype = None
+        self.find_most_likely = library.find_most_likely
+        self.find_most_likely.argtypes = (
+            ctypes.c_void_p,
+            *(ctypes.c_int64,) * 3,
+            ctypes.c_void_p,
+            ctypes.c_void_p,
+            ctypes.c_int64,
+        )
+        self.find_most_likely.restype = None
         self.use_huge_pages = library.use_huge_pages
         self.use_huge_pages.argtypes, self.use_huge_pages.restype = (ctypes.c_void_p, ctypes.c_int64), None
         library.panel_width.restype = ctypes.c_int64
