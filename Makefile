@@ -40,7 +40,7 @@ $(environment): pyproject.toml constraints.txt
 	$(bin)/python -m pip install --quiet -c constraints.txt -e ".[dev]"
 	@touch $@
 
-$(extensions): $(environment) tools/build_extensions.py parallel/extensions.py
+$(extensions): $(environment) tools/build_extensions.py parallel/extensions.py $(wildcard inference/cpu_kernels/*.*)
 	$(bin)/python tools/build_extensions.py
 	@mkdir -p $(@D) && touch $@
 

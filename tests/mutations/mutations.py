@@ -327,6 +327,13 @@ MUTATIONS = (
         "tests/evaluation/test_report.py::test_results_of_one_model_come_together",
     ),
     Mutation(
+        "the C++ kernel masks every sequence like the first",
+        "inference/cpu_kernels/kernels.py",
+        "mask.data_ptr(), mask.stride(0), mask.stride(2)",
+        "mask.data_ptr(), 0, mask.stride(2)",
+        "tests/inference/test_cpu_kernels.py::test_a_long_prompt_goes_through_in_parts",
+    ),
+    Mutation(
         "units of tokens store every position in the same place",
         "inference/kv_cache.py",
         "self.position.add_(positions)",

@@ -1,3 +1,4 @@
+import ctypes
 import os
 import subprocess
 import sys
@@ -5,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from parallel.extensions import REPOSITORY_ROOT, clear_stale_locks, use_extension_cache
+from parallel.errors import ConfigurationError
+from parallel.extensions import REPOSITORY_ROOT, build_library, clear_stale_locks, use_extension_cache
 
 
 def test_a_lock_that_nobody_holds_is_removed(tmp_path: Path) -> None:
@@ -98,3 +100,32 @@ def test_a_cache_that_cannot_be_written_is_one_line() -> None:
     assert result.returncode == 2
     assert "Traceback" not in result.stderr
     assert "error: building DeepSpeed's CPU op in /proc/cache failed" in result.stderr.splitlines()[-1]
+
+
+def test_a_library_is_compiled_once_and_again_when_its_source_changes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "cache"))
+    source, header = tmp_path / "answer.cpp", tmp_path / "answer.h"
+    source.write_text('#include "answer.h"\nextern "C" int answer() { return ANSWER; }\n')
+
+    def build(answer: str) -> Path:
+        header.write_text(f"#define ANSWER {answer}\n")
+        return build_library("answer", [source, header], ["-O0"])
+
+    first = build("1")
+    built = first.stat()
+    assert ctypes.CDLL(str(first)).answer() == 1
+    assert ctypes.CDLL(str(build("2"))).answer() == 2
+    with monkeypatch.context() as patch:
+        patch.setenv("PATH", str(tmp_path))
+        assert build("1") == first
+        with pytest.raises(ConfigurationError, match=r"g\+\+ is missing: install .* run tools/build_extensions.py"):
+            build("3")
+    assert first.stat().st_mtime_ns == built.st_mtime_ns
+    with pytest.raises(ConfigurationError, match=r"g\+\+ cannot compile answer \(.*error: .*\)"):
+        build("nothing known")
+    assert len(list((tmp_path / "cache" / "answer").iterdir())) == 2, "what failed leaves nothing"
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", "/proc/cache")
+    with pytest.raises(ConfigurationError, match=r"/proc/cache.* cannot be written"):
+        build("4")

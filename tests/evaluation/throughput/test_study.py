@@ -10,6 +10,7 @@ from evaluation.throughput.memory import PeakMemory
 from evaluation.throughput.records import Point, Record, RecordFile, digest_of
 from evaluation.throughput.report import draw_throughput, measurement_table, walltime_table
 from evaluation.throughput.study import Candidate, Setting, Study
+from inference.cpu_kernels import kernels
 from inference.errors import InferenceError
 from inference.generator import Generator
 from parallel.component_config import DecoderConfig
@@ -53,13 +54,16 @@ def test_caches_take_what_the_formula_says_and_no_more() -> None:
         assert 0.9 * generator.cache_bytes < peak.bytes() < 1.3 * generator.cache_bytes
 
 
+@pytest.mark.parametrize("has_kernels", [True, False])
 @pytest.mark.parametrize("architecture", ["block", "vanilla"])
-def test_the_split_covers_all_components(architecture: str) -> None:
+def test_the_split_covers_all_components(architecture: str, has_kernels: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not has_kernels:
+        monkeypatch.setattr(kernels, "load_kernels", lambda: None)
     one = candidate(architecture)
     split = split_walltime(Generator(one.load(), PAD_ID, graphs=False), Workload(one.config, 2, 8, 9, 4))
     stacks = ["block decoder", "token decoder"] if architecture == "block" else ["layers"]
     parts = [f"{stack}, {part}" for stack in stacks for part in ("attention", "feed-forward")]
-    for name in [*parts, "head", "other"]:
+    for name in [*(stacks if has_kernels else parts), "head", "other"]:
         assert split[f"decoding: {name}"] > 0
     assert ("decoding: embedder" in split) == (architecture == "block")
 
