@@ -184,7 +184,9 @@ class CachedStack:
 
     def __init__(self, layers: list[DecoderLayer]) -> None:
         self._modules = layers
-        self._kernel: Callable[..., Tensor] | None = stack_kernel(layers)
+        kernel = stack_kernel(layers)
+        self._prepare = None if kernel is None else kernel.prepare
+        self._kernel: Callable[..., Tensor] | None = kernel
         attention = layers[0].attention
         self._shape = (len(layers), attention.local.groups, attention.stack.head_size)
         weight = layers[0].attention_norm.get_parameter("weight")
@@ -199,6 +201,8 @@ class CachedStack:
     def start(self, num_sequences: int, capacity: int) -> None:
         """Takes memory for so many sequences and positions."""
         self.cache = self._new_cache(num_sequences, capacity)
+        if self._prepare is not None:
+            self._prepare(self.cache.memory)
         self._rotary.start(capacity, self._device, self._dtype)
 
     def instrument(self, name: str, wrap: Callable[[str, Callable[..., Any]], Callable[..., Any]]) -> None:

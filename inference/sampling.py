@@ -1,6 +1,7 @@
 """Chooses the next token of each sequence from logits: greedy, temperature, top-k, nucleus."""
 
 import hashlib
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -90,8 +91,8 @@ class Sampler:
         Raises:
             InferenceError: a logit is not a number.
         """
-        tokens, finite = self.select(logits, self.draw())
-        check_finite(finite)
+        tokens, highest = self._select(logits, self.draw())
+        check_finite(all(map(math.isfinite, highest.tolist())))
         return tokens
 
     def draw(self) -> Tensor:
@@ -111,14 +112,18 @@ class Sampler:
         Returns:
             Tokens int64 [B], and whether all logits are finite (-inf alone rules a token out).
         """
-        # The largest value is not finite if any is NaN or infinite.
+        tokens, highest = self._select(logits, uniform)
+        return tokens, torch.isfinite(highest).all()
+
+    def _select(self, logits: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
+        """Tokens, and the largest logit of each row, which is not finite if any is NaN or infinite."""
         highest, tokens = most_likely(logits)
         for settings, rows in self._groups:
             tokens[rows] = _draw(*candidates(logits[rows], *settings), uniform[rows])
-        return tokens, highest.abs().sum() < torch.inf
+        return tokens, highest
 
 
-def check_finite(finite: Tensor) -> None:
+def check_finite(finite: Tensor | bool) -> None:
     """Looks at what Sampler.select says of the logits.
 
     Raises:

@@ -26,17 +26,26 @@ def _kernels_for_module(module: nn.Module) -> Library | None:
 
 
 class _Holder:
-    """Makes the library's structures from modules, and keeps the memory alive that they point to."""
+    """Makes the library's structures from modules, and keeps the memory alive that they point to.
 
-    def __init__(self, library: Library) -> None:
+    Args:
+        library: whose.
+        modules: all matrices that will be packed lie in these; they come to lie side by side.
+    """
+
+    def __init__(self, library: Library, modules: Sequence[nn.Module]) -> None:
         self._library = library
-        self._tensors: list[Tensor] = []
+        weights = [weight for module in modules for weight in module.parameters() if weight.dim() == 2]
+        self._free = library.memory(sum(library.packed_size(weight) for weight in weights))
+        self._tensors = [self._free]
 
     def matrix(self, linear: nn.Module) -> Matrix:
         """Packs a linear layer: torch's or Megatron-core's."""
-        weight = linear.get_parameter("weight")
-        panels = self._keep(self._library.pack(weight.detach()))
-        return Matrix(panels, self._keep(linear._parameters.get("bias")), weight.shape[1], weight.shape[0])
+        weight = linear.get_parameter("weight").detach()
+        size = self._library.packed_size(weight)
+        panels, self._free = self._free[:size], self._free[size:]
+        self._library.pack(weight, panels)
+        return Matrix(panels.data_ptr(), self._keep(linear._parameters.get("bias")), weight.shape[1], weight.shape[0])
 
     def norm(self, norm: nn.Module) -> Norm:
         """Takes over a norm."""
@@ -62,7 +71,7 @@ class StackKernel:
 
     def __init__(self, library: Library, layers: Sequence[DecoderLayer]) -> None:
         self._library = library
-        self._holder = _Holder(library)
+        self._holder = _Holder(library, layers)
         self._layers = (Layer * len(layers))(*(self._layer(layer) for layer in layers))
         attention, stack = layers[0].attention, layers[0].stack
         self._stack = Stack(
@@ -78,6 +87,10 @@ class StackKernel:
         )
         self._step = Step()
         self._workspace = torch.empty(0)
+
+    def prepare(self, memory: Tensor) -> None:
+        """Asks for large pages for keys and values, before anything is stored."""
+        self._library.use_huge_pages(memory.data_ptr(), memory.nbytes)
 
     def __call__(
         self, hidden: Tensor, memory: Tensor, length: int, rotary: tuple[Tensor, Tensor], mask: Tensor | None
@@ -148,7 +161,7 @@ class NormedLinearKernel:
 
     def __init__(self, library: Library, norm: nn.Module, linear: nn.Module) -> None:
         self._library = library
-        self._holder = _Holder(library)
+        self._holder = _Holder(library, [linear])
         self._norm, self._matrix = self._holder.norm(norm), self._holder.matrix(linear)
         self._result = torch.empty(0, 0)
 
@@ -161,8 +174,7 @@ class NormedLinearKernel:
         hidden = hidden.contiguous()
         rows = len(hidden)
         if rows != len(self._result):
-            self._result = torch.empty(rows, self._matrix.outputs)
-            self._library.use_huge_pages(self._result.data_ptr(), self._result.nbytes)
+            self._result = self._library.memory(rows * self._matrix.outputs).view(rows, -1)
         result = self._result
         self._library.run_normed_linear(
             self._norm,

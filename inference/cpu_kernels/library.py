@@ -122,17 +122,25 @@ class Library:
         library.panel_width.restype = ctypes.c_int64
         self.panel_width: int = library.panel_width()
 
-    def pack(self, weight: Tensor) -> Tensor:
+    def memory(self, floats: int) -> Tensor:
+        """Memory that has not been written to yet, in large pages where the system has them."""
+        memory = torch.empty(floats)
+        self.use_huge_pages(memory.data_ptr(), memory.nbytes)
+        return memory
+
+    def packed_size(self, weight: Tensor) -> int:
+        """Values of a packed weight [outputs, inputs]."""
+        return -(-weight.shape[0] // self.panel_width) * self.panel_width * weight.shape[1]
+
+    def pack(self, weight: Tensor, memory: Tensor) -> None:
         """Makes panels [outputs / panel width, inputs, panel width] of a weight [outputs, inputs]; see product.h."""
         outputs, inputs = weight.shape
-        panels = torch.empty(-(-outputs // self.panel_width), inputs, self.panel_width)
-        self.use_huge_pages(panels.data_ptr(), panels.nbytes)
+        panels = memory.view(-1, inputs, self.panel_width)
         whole = outputs // self.panel_width
         panels[:whole] = weight[: whole * self.panel_width].unflatten(0, (whole, self.panel_width)).transpose(1, 2)
         if whole < len(panels):
             panels[whole] = 0.0
             panels[whole, :, : outputs - whole * self.panel_width] = weight[whole * self.panel_width :].t()
-        return panels
 
 
 def library_sources() -> list[Path]:
