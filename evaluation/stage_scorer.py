@@ -11,7 +11,7 @@ from evaluation.scoring import Score, ScoredText
 from evaluation.text_batches import PlacedText, padded_batch, place_texts
 from parallel.errors import ConfigurationError
 from parallel.inputs import prepare_inputs
-from parallel.pieces import OutputHead
+from parallel.output_head import OutputHead
 from parallel.stage import Stage
 from parallel.structure import piece_names
 

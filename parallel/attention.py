@@ -9,6 +9,7 @@ from megatron.core import parallel_state
 from megatron.core.transformer import TransformerConfig
 from torch import Tensor, nn
 
+from parallel.attend import attend
 from parallel.component_config import BackboneConfig, DecoderConfig
 from parallel.linear import SharedRowsLinear, column_parallel, row_parallel
 from parallel.norms import build_head_norm
@@ -144,9 +145,7 @@ class SelfAttention(nn.Module):
         return attention_weights(query, key, mask)
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-        return F.scaled_dot_product_attention(
-            query, key, value, attn_mask=mask, is_causal=mask is None, enable_gqa=self.local.queries > 1
-        )
+        return attend(query, key, value, mask)
 
     def _heads(self, fused: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Query [batch, heads, length, head_size], key and value [batch, groups, length, head_size]."""

@@ -1,5 +1,7 @@
 """Megatron-core's tensor-parallel linear layers and embedding table, and how their parameters are marked."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from megatron.core import parallel_state
@@ -13,6 +15,8 @@ from megatron.core.tensor_parallel import (
 )
 from megatron.core.transformer import TransformerConfig
 from torch import Tensor, nn
+
+from parallel.products import linear, uses_onednn
 
 
 def _no_initialization(weight: Tensor) -> None:
@@ -34,9 +38,35 @@ def mark_partial_gradient(module: nn.Module, partial: bool) -> None:
         parameter.sequence_parallel = partial  # type: ignore[attr-defined]
 
 
+class _FastProducts(nn.Module):
+    """Gives Megatron-core's linear layers the products of parallel.products where torch.mm is not the best there is."""
+
+    weight: nn.Parameter
+
+    def _forward_impl(self, input: Tensor, weight: Tensor, bias: Tensor | None, **options: Any) -> Tensor:
+        # Under sequence parallelism Megatron-core gathers the input as well, and anew in backward.
+        if options["sequence_parallel"] or not uses_onednn(input):
+            result: Tensor = super()._forward_impl(input, weight, bias=bias, **options)  # type: ignore[misc]
+            return result
+        return linear(input, weight, bias, options["tp_group"] if options["allreduce_dgrad"] else None)
+
+
+class ColumnLinear(_FastProducts, ColumnParallelLinear):
+    """Linear layer whose output features are split."""
+
+
+class RowLinear(_FastProducts, RowParallelLinear):
+    """Linear layer whose input features are split."""
+
+
 def column_parallel(
-    inputs: int, outputs: int, megatron: TransformerConfig, bias: bool = True, own_weight: bool = True
-) -> ColumnParallelLinear:
+    inputs: int,
+    outputs: int,
+    megatron: TransformerConfig,
+    bias: bool = True,
+    own_weight: bool = True,
+    layer_class: type[ColumnLinear] = ColumnLinear,
+) -> ColumnLinear:
     """Linear layer whose output features are split over the tensor-parallel group.
 
     Args:
@@ -45,8 +75,9 @@ def column_parallel(
         megatron: Megatron-core's settings.
         bias: whether it has a bias.
         own_weight: False leaves the weight out; it is tied to another layer's afterwards.
+        layer_class: what to build.
     """
-    layer = ColumnParallelLinear(
+    layer = layer_class(
         inputs,
         outputs,
         config=megatron,
@@ -61,9 +92,9 @@ def column_parallel(
     return layer
 
 
-def row_parallel(inputs: int, outputs: int, megatron: TransformerConfig, bias: bool = True) -> RowParallelLinear:
+def row_parallel(inputs: int, outputs: int, megatron: TransformerConfig, bias: bool = True) -> RowLinear:
     """Linear layer whose input features are split over the tensor-parallel group."""
-    layer = RowParallelLinear(
+    layer = RowLinear(
         inputs,
         outputs,
         config=megatron,

@@ -13,7 +13,8 @@ from parallel.costs import pipeline_split
 from parallel.cpu_adaptation import compute_device
 from parallel.initialization import initialize_weights
 from parallel.inputs import MicroBatch, ModelInputs, prepare_inputs
-from parallel.pieces import OutputHead, build_piece, tie_head
+from parallel.output_head import OutputHead, tie_head
+from parallel.pieces import build_piece
 from parallel.topology import coordinates, sum_over_tensor_parallel
 
 

@@ -6,6 +6,7 @@ import sys
 import warnings
 from dataclasses import dataclass, field
 
+from parallel.host_memory import keep_freed_memory
 from train.startup import JobTimes
 
 INTERACTIVE = "BLOCK_TRANSFORMER_INTERACTIVE"  # set to 1 by the launcher when a person watches the terminal
@@ -72,6 +73,7 @@ def prepare_process(identity: ProcessIdentity, cpu_threads: int | None = None) -
     import torch
 
     if not torch.cuda.is_available():
+        keep_freed_memory()
         cores = len(os.sched_getaffinity(0))
         torch.set_num_threads(cpu_threads or max(1, cores // identity.local_world_size))
 

@@ -7,7 +7,8 @@ from torch import Tensor, nn
 
 from parallel.config import ModelConfig, ParallelConfig
 from parallel.inputs import MicroBatch, prepare_inputs
-from parallel.pieces import OutputHead, build_piece
+from parallel.output_head import OutputHead
+from parallel.pieces import build_piece
 from parallel.stage import megatron_config
 from parallel.structure import piece_names
 

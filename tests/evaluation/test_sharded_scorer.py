@@ -14,7 +14,7 @@ from evaluation.stage_scorer import StageScorer
 from parallel.config import ModelConfig, ParallelConfig
 from parallel.errors import ConfigurationError
 from parallel.inputs import MicroBatch
-from parallel.pieces import most_likely
+from parallel.linear_cross_entropy import most_likely
 from parallel.stage import build_stage
 from parallel.topology import coordinates, initialize_topology
 from tests.inference.models import PAD_ID, VOCAB_SIZE, small_config, small_stage

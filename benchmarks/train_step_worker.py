@@ -1,0 +1,114 @@
+"""One process of a measured model: builds it, then does what it is told on standard input, one line at a time.
+
+It takes the project's modules from the checkout that is named first on its command line, so that two versions of the
+project can be measured side by side; it may use only what both have.
+"""
+
+import importlib
+import json
+import os
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+sys.path.insert(0, sys.argv[1])
+# Megatron-core warns at import about optional libraries that this project does not use.
+warnings.filterwarnings("ignore", module=r"megatron\.core")
+
+import torch
+import torch.distributed
+import yaml
+
+from parallel.cpu_adaptation import compute_device
+from parallel.device_limits import synchronize
+from parallel.inputs import MicroBatch
+from parallel.stage import build_stage
+from parallel.topology import initialize_topology, start_process_group
+from train.config import RunConfig
+from train.monitor import peak_memory_bytes
+from train.process import ProcessIdentity, prepare_process
+from train.step import StepEngine
+
+COMPONENTS = importlib.import_module("step_components")  # of this folder: another version may not have it
+YARDSTICK = 2048  # rows and columns of the product that is timed before and after each step
+
+
+class Subject:
+    """A model with its optimizer and a fixed global batch of random tokens.
+
+    Args:
+        config: the run.
+    """
+
+    def __init__(self, config: RunConfig) -> None:
+        place = initialize_topology(config.parallel)
+        dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
+        self.config, self.device = config, compute_device()
+        self.stage = build_stage(config.model, config.parallel, dtype)
+        train = config.train
+        self.engine = StepEngine(self.stage, config.parallel, config.optimizer, train.precision, train.micro_batch_size)
+        generator = torch.Generator().manual_seed(place.data_rank)
+        count = config.train.global_batch_size // (config.parallel.data * train.micro_batch_size)
+        self.batches = [self._random_batch(generator) for _ in range(count)]
+        size = YARDSTICK if self.device.type == "cpu" else 4 * YARDSTICK
+        self._factor = torch.randn(size, size, device=self.device).to(dtype)
+        self._product = torch.empty_like(self._factor)
+
+    def step(self) -> dict[str, float]:
+        """Seconds of one step and its parts, FLOP/s of a large matrix product right before and after, memory."""
+        before = self._yardstick()
+        started = self._now()
+        self.engine.accumulate(self.batches)
+        accumulated = self._now()
+        self.engine.update(1e-4)
+        done = self._now()
+        after = self._yardstick()
+        return {
+            "step_seconds": done - started,
+            "optimizer_seconds": done - accumulated,
+            "yardstick_flops_per_second": 2 / (1 / before + 1 / after),
+            "peak_bytes": peak_memory_bytes(),
+        }
+
+    def components(self) -> dict[str, float]:
+        """Seconds of a step by component; with hooks and waits, so it is somewhat slower than others."""
+        seconds: dict[str, float] = COMPONENTS.timed_components(self.engine, self.batches)
+        return seconds
+
+    def _random_batch(self, generator: torch.Generator) -> MicroBatch:
+        shape = self.config.train.micro_batch_size, self.config.model.sequence_length
+        ids = torch.randint(self.config.model.vocab_size, shape, generator=generator).to(self.device)
+        return MicroBatch(ids, torch.ones_like(ids, dtype=torch.bool))
+
+    def _now(self) -> float:
+        synchronize(self.device)
+        return time.perf_counter()
+
+    def _yardstick(self) -> float:
+        started = self._now()
+        torch.mm(self._factor, self._factor, out=self._product)
+        flops: float = 2.0 * float(len(self._factor)) ** 3
+        return flops / (self._now() - started)
+
+
+def main() -> None:
+    """Argument 2 is the run as YAML; each line of input names a method of Subject, whose result is answered as JSON."""
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    identity = ProcessIdentity(rank, world_size, rank, world_size, "127.0.0.1", int(os.environ["MASTER_PORT"]))
+    prepare_process(identity, int(os.environ["OMP_NUM_THREADS"]))
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what libraries print must not get among the answers
+    start_process_group()
+    before = peak_memory_bytes()
+    subject = Subject(RunConfig.model_validate(yaml.safe_load(sys.argv[2])))
+    commands: dict[str, Callable[[], Any]] = {"step": subject.step, "components": subject.components}
+    print(json.dumps({"imports_bytes": before}), file=answers, flush=True)
+    for line in sys.stdin:
+        print(json.dumps(commands[line.strip()]()), file=answers, flush=True)
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

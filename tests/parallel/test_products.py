@@ -1,0 +1,49 @@
+"""oneDNN's products against torch's."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from parallel.products import linear, product, uses_onednn
+
+SHAPES = [(1, 1, 1), (3, 5, 7), (20, 33, 16), (0, 4, 3)]
+
+
+def test_cpu_products_in_fp32_go_to_onednn() -> None:
+    assert uses_onednn(torch.zeros(1))
+    assert not uses_onednn(torch.zeros(1, dtype=torch.bfloat16))
+
+
+@pytest.mark.parametrize(("rows", "inputs", "outputs"), SHAPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_products(rows: int, inputs: int, outputs: int, dtype: torch.dtype) -> None:
+    hidden, weight, bias = (torch.randn(*s).to(dtype) for s in ((2, rows, inputs), (outputs, inputs), (outputs,)))
+    tolerance = 1e-5 if dtype is torch.float32 else 0.1
+    expected = (hidden.double() @ weight.double().t() + bias.double()).to(dtype)
+    torch.testing.assert_close(product(hidden, weight, bias), expected, rtol=tolerance, atol=tolerance)
+    transposed = weight.t().contiguous().t()
+    assert transposed.is_contiguous() == (min(inputs, outputs) == 1)
+    torch.testing.assert_close(product(hidden, transposed, bias), expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize(("rows", "inputs", "outputs"), SHAPES)
+@pytest.mark.parametrize("has_bias", [True, False])
+def test_gradients(rows: int, inputs: int, outputs: int, has_bias: bool) -> None:
+    def gradients(layer: object) -> tuple[Tensor, ...]:
+        generator = torch.Generator().manual_seed(0)
+        shapes = ((2, rows, inputs), (outputs, inputs), (outputs,))
+        values = [torch.randn(*shape, generator=generator).requires_grad_() for shape in shapes[: 2 + has_bias]]
+        result = layer(*values) if has_bias else layer(*values, None)  # type: ignore[operator]
+        (result * torch.randn(result.shape, generator=generator)).sum().backward()
+        return result.detach(), *(value.grad for value in values if value.grad is not None)
+
+    for ours, theirs in zip(gradients(linear), gradients(F.linear), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_what_needs_no_gradient_gets_none() -> None:
+    hidden, weight = torch.randn(3, 4), torch.randn(2, 4, requires_grad=True)
+    linear(hidden, weight, None).sum().backward()
+    assert hidden.grad is None
+    assert weight.grad is not None
