@@ -1,8 +1,8 @@
 """Settings of the model and of the parallel layout."""
 
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from parallel.component_config import BackboneConfig, DecoderConfig, EmbedderConfig
 
@@ -179,7 +179,7 @@ class ModelConfig(BaseModel):
 class ParallelConfig(BaseModel):
     """How the model is spread over processes: tensor x pipeline x data."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     tensor: int = Field(default=1, ge=1, description="Processes that share each layer's matrices (TP).")
     pipeline: int = Field(default=1, ge=1, description="Pipeline stages (PP).")
@@ -191,8 +191,17 @@ class ParallelConfig(BaseModel):
         default=1,
         description="DeepSpeed ZeRO: 0 replicates; 1 shards the optimizer; 2 also gradients; 3 also parameters.",
     )
-    activation_checkpointing: bool = Field(
-        default=False, description="Keep only each layer's input and recompute the layer in the backward pass."
+    activation_checkpointing: Literal["none", "selective", "layer", "budget"] = Field(
+        default="none",
+        description="What the backward pass recomputes: `none`: nothing; `selective`: all of a layer but the products "
+        "of its wide matrices and attention; `layer`: each layer from its input; `budget`: of these, in each layer the "
+        "cheapest, so that a process's activations fit into `activation_memory_gib`.",
+    )
+    activation_memory_gib: float | None = Field(
+        default=None,
+        gt=0.0,
+        description="GiB for the activations of a process, of all its micro-batches in flight; for "
+        "`activation_checkpointing: budget` only.",
     )
 
     @property
@@ -207,6 +216,26 @@ class ParallelConfig(BaseModel):
     def __str__(self) -> str:
         sequence = " + sequence parallel" if self.sequence_parallel else ""
         return f"tensor {self.tensor}{sequence} x pipeline {self.pipeline} x data {self.data}, ZeRO {self.zero_stage}"
+
+    @field_validator("activation_checkpointing", mode="before")
+    @classmethod
+    def _once_a_switch(cls, value: Any) -> Any:
+        """Configurations and checkpoints of earlier versions say true or false."""
+        return {True: "layer", False: "none"}[value] if isinstance(value, bool) else value
+
+    @model_validator(mode="after")
+    def _budget_is_for_its_policy(self) -> Self:
+        if (self.activation_checkpointing == "budget") == (self.activation_memory_gib is not None):
+            return self
+        if self.activation_memory_gib is None:
+            raise ValueError(
+                "activation_checkpointing=budget needs activation_memory_gib; set it to the GiB that a process has "
+                "for activations"
+            )
+        raise ValueError(
+            f"activation_memory_gib={self.activation_memory_gib} is only for activation_checkpointing=budget, and that "
+            f"is {self.activation_checkpointing}; remove it, or use activation_checkpointing=budget"
+        )
 
     @model_validator(mode="after")
     def _supported(self) -> Self:
@@ -247,6 +276,26 @@ def check_layout(model: ModelConfig, parallel: ParallelConfig) -> None:
             f"over parallel.tensor={tensor}, which does not divide; change model.sequence_length"
         )
     _check_pipeline(model, parallel)
+
+
+def check_precision(parallel: ParallelConfig, precision: str) -> None:
+    """Checks what DeepSpeed can do in a precision.
+
+    Raises:
+        ValueError: naming the field, its value and the fix.
+    """
+    if precision != "bf16":
+        return
+    if parallel.zero_stage == 0:
+        raise ValueError(
+            "parallel.zero_stage=0 cannot accumulate bf16 gradients in fp32 (DeepSpeed refuses); "
+            "use parallel.zero_stage=1 or train.precision=fp32"
+        )
+    if parallel.zero_stage == 2 and parallel.pipeline > 1:
+        raise ValueError(
+            "parallel.zero_stage=2 under a pipeline would accumulate bf16 gradients in bf16; "
+            "use parallel.zero_stage=1 or train.precision=fp32"
+        )
 
 
 def _check_split(name: str, value: int, tensor: int) -> None:

@@ -1,11 +1,12 @@
 """The transformer layer that the block decoder, the token decoder and the vanilla model are stacks of."""
 
 import torch
+from megatron.core.tensor_parallel import RowParallelLinear
 from megatron.core.transformer import TransformerConfig
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from parallel.attention import CrossAttention, SelfAttention
+from parallel.checkpointing import Policy, run_checkpointed
 from parallel.config import ModelConfig
 from parallel.feed_forward import FeedForward
 from parallel.inputs import ModelInputs
@@ -19,7 +20,10 @@ class DecoderLayer(nn.Module):
         config: the model.
         megatron: Megatron-core's settings.
         is_local: the layer is the token decoder's: attention inside each block.
-        recompute: activation checkpointing: keep only the input and recompute the rest in backward.
+        recompute: activation checkpointing by layer; other policies are set afterwards.
+
+    Attributes:
+        policy: what the forward pass keeps for the backward pass.
     """
 
     def __init__(self, config: ModelConfig, megatron: TransformerConfig, is_local: bool, recompute: bool) -> None:
@@ -27,7 +31,7 @@ class DecoderLayer(nn.Module):
         self.stack = config.tokens if is_local else config.blocks if config.is_block else config.vanilla
         backbone = config.backbone
         self.is_local = is_local
-        self.recompute = recompute
+        self.policy: Policy = "layer" if recompute else "none"
         self.is_parallel = backbone.residual == "parallel"
         self.attention_norm = build_norm(self.stack.hidden_size, backbone, megatron)
         self.attention = SelfAttention(self.stack, backbone, megatron, sequence_first=not is_local)
@@ -37,12 +41,10 @@ class DecoderLayer(nn.Module):
     def forward(self, hidden: Tensor, inputs: ModelInputs) -> Tensor:
         """Maps hidden states to hidden states of the same shape."""
         mask = inputs.local_mask if self.is_local else inputs.global_mask
-        if self.recompute and torch.is_grad_enabled():
-            recomputed: Tensor = checkpoint(
-                self._transform, hidden, mask, use_reentrant=False, preserve_rng_state=False
-            )
-            return recomputed
-        return self._transform(hidden, mask)
+        if self.policy == "none" or not torch.is_grad_enabled():
+            return self._transform(hidden, mask)
+        row_parallel = [module.weight for module in self.modules() if isinstance(module, RowParallelLinear)]
+        return run_checkpointed(self._transform, hidden, mask, self.policy == "selective", row_parallel)
 
     def _transform(self, hidden: Tensor, mask: Tensor | None) -> Tensor:
         attended: Tensor = self.attention(self.attention_norm(hidden), mask)

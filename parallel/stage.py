@@ -1,6 +1,6 @@
 """A pipeline stage: a contiguous slice of the model's pieces as one module."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -8,9 +8,11 @@ from megatron.core.enums import ModelType
 from megatron.core.transformer import TransformerConfig
 from torch import Tensor, nn
 
+from parallel.checkpointing import Policy
 from parallel.config import ModelConfig, ParallelConfig
 from parallel.costs import pipeline_split
 from parallel.cpu_adaptation import compute_device
+from parallel.decoder_layer import DecoderLayer
 from parallel.initialization import initialize_weights
 from parallel.inputs import MicroBatch, ModelInputs, prepare_inputs
 from parallel.output_head import OutputHead, tie_head
@@ -50,6 +52,13 @@ class Stage(nn.Module):
 
     Parameter names are global: they do not depend on the layout. `config`, `model_type` and `set_input_tensor` are
     what Megatron-core's schedules ask of a model.
+
+    Args:
+        model: the whole model.
+        parallel: the layout.
+        dtype: of parameters and activations.
+        pipeline_rank: which stage; None: this process's.
+        policies: activation checkpointing of decoder layers by piece, instead of the layout's; a budget needs it.
     """
 
     def __init__(
@@ -58,6 +67,7 @@ class Stage(nn.Module):
         parallel: ParallelConfig,
         dtype: torch.dtype = torch.float32,
         pipeline_rank: int | None = None,
+        policies: Mapping[str, Policy] | None = None,
     ) -> None:
         super().__init__()
         rank = coordinates().pipeline_rank if pipeline_rank is None else pipeline_rank
@@ -66,7 +76,10 @@ class Stage(nn.Module):
         self.model_type = ModelType.encoder_or_decoder
         self.names = [cost.name for cost in pipeline_split(model, parallel.pipeline)[rank]]
         for name in self.names:
-            _register(self, name, build_piece(name, model, self.config, parallel.activation_checkpointing))
+            _register(self, name, build_piece(name, model, self.config, recompute=False))
+            layer = self.piece(name)
+            if isinstance(layer, DecoderLayer):
+                layer.policy = _policy(name, parallel, policies)
         if model.tied_pieces and model.tied_pieces[1] in self.names:
             first, last = model.tied_pieces
             tie_head(self.piece(last), self.piece(first))
@@ -100,6 +113,13 @@ class Stage(nn.Module):
         output = self.piece(self.names[-1])
         assert isinstance(output, OutputHead)
         return output.logits(self.run(None, prepare_inputs(self.model_config, batch), self.names[:-1]))
+
+
+def _policy(name: str, parallel: ParallelConfig, policies: Mapping[str, Policy] | None) -> Policy:
+    if policies is not None:
+        return policies[name]
+    assert parallel.activation_checkpointing != "budget", "a budget needs the policies of parallel.planning.policies"
+    return parallel.activation_checkpointing
 
 
 def _register(root: nn.Module, name: str, module: nn.Module) -> None:

@@ -6,7 +6,10 @@ from typing import Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from data.config import DataConfig
-from parallel.config import ModelConfig, ParallelConfig, check_layout
+from parallel.config import ModelConfig, ParallelConfig, check_layout, check_precision
+from parallel.cpu_adaptation import compute_device
+from parallel.planning.policies import check_budget
+from parallel.planning.workload import Workload
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -206,6 +209,21 @@ class RunConfig(BaseModel):
         """Tokens, padding included, per optimizer step."""
         return self.train.global_batch_size * self.model.sequence_length
 
+    @property
+    def workload(self) -> Workload:
+        """What memory and time of a step on this kind of device follow from."""
+        on_gpu = compute_device().type == "cuda"
+        return Workload(
+            model=self.model,
+            parallel=self.parallel,
+            micro_batch_size=self.train.micro_batch_size,
+            num_micro_batches=self.num_micro_batches,
+            precision=self.train.precision,
+            on_gpu=on_gpu,
+            counts_unwritten=on_gpu,
+            decays_all=self.optimizer.decay == "all",
+        )
+
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         check_layout(self.model, self.parallel)
@@ -220,8 +238,10 @@ class RunConfig(BaseModel):
             raise ValueError(
                 f"optimizer.warmup_steps={self.optimizer.warmup_steps} must be below train.steps={self.train.steps}"
             )
-        self._check_precision()
+        check_precision(self.parallel, self.train.precision)
         self._check_isolation()
+        if self.parallel.activation_checkpointing == "budget":
+            check_budget(self.workload)
         return self
 
     def _check_isolation(self) -> None:
@@ -230,18 +250,4 @@ class RunConfig(BaseModel):
             raise ValueError(
                 "data.isolate_documents=true needs data.pad_to_block_boundary=true, but it is false for the source "
                 f"{', '.join(mixing)}: a block of two documents belongs to neither; change either"
-            )
-
-    def _check_precision(self) -> None:
-        if self.train.precision != "bf16":
-            return
-        if self.parallel.zero_stage == 0:
-            raise ValueError(
-                "parallel.zero_stage=0 cannot accumulate bf16 gradients in fp32 (DeepSpeed refuses); "
-                "use parallel.zero_stage=1 or train.precision=fp32"
-            )
-        if self.parallel.zero_stage == 2 and self.parallel.pipeline > 1:
-            raise ValueError(
-                "parallel.zero_stage=2 under a pipeline would accumulate bf16 gradients in bf16; "
-                "use parallel.zero_stage=1 or train.precision=fp32"
             )

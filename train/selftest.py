@@ -19,6 +19,8 @@ from checkpoints.records import Fragment
 from parallel.config import ModelConfig, ParallelConfig
 from parallel.cpu_adaptation import compute_device
 from parallel.inputs import MicroBatch, count_targets, target_mask
+from parallel.planning.policies import stage_policies
+from parallel.planning.workload import Workload
 from parallel.schedule import masked_loss
 from parallel.stage import build_stage
 from parallel.topology import initialize_topology
@@ -142,7 +144,9 @@ def train_case(config: ModelConfig, case: Case) -> Trajectory:
     """Trains under the case's layout with the real engine; whole tensors arrive on rank 0 only."""
     place = initialize_topology(case.parallel)
     dtype = torch.bfloat16 if case.precision == "bf16" else torch.float32
-    stage = build_stage(config, case.parallel, dtype)
+    num_micro_batches = GLOBAL_BATCH // (case.parallel.data * case.micro_batch_size)
+    work = Workload(config, case.parallel, case.micro_batch_size, num_micro_batches, case.precision, on_gpu=False)
+    stage = build_stage(config, case.parallel, dtype, policies=stage_policies(work, place.pipeline_rank))
     engine = StepEngine(stage, case.parallel, OPTIMIZER, case.precision, case.micro_batch_size)
     result = Trajectory()
     for step in range(NUM_STEPS):
@@ -224,21 +228,23 @@ def _paper_cases() -> list[Case]:
     """Every layout, of the paper's two architectures."""
     return [
         *(_case(f"one process, ZeRO {zero}", zero=zero) for zero in (0, 1, 2, 3)),
-        _case("one process, micro-batch 2", micro_batch_size=2),
+        _case("one process, micro-batch 2, selective", micro_batch_size=2, checkpointing="selective"),
         _case("one process, bf16", precision="bf16"),
         _case("TP2", tensor=2),
-        _case("TP2, ZeRO 0", tensor=2, zero=0),
+        _case("TP2, ZeRO 0, selective", tensor=2, zero=0, checkpointing="selective"),
         _case("TP2 + sequence parallel", tensor=2, sequence=True),
-        _case("TP2 + sequence parallel, ZeRO 0, recompute", tensor=2, sequence=True, zero=0, recompute=True),
-        _case("TP2 + sequence parallel, ZeRO 3", tensor=2, sequence=True, zero=3),
+        _case("TP2 + sequence parallel, ZeRO 0, recompute", tensor=2, sequence=True, zero=0, checkpointing="layer"),
+        _case("TP2 + sequence parallel, ZeRO 3, selective", tensor=2, sequence=True, zero=3, checkpointing="selective"),
         _case("TP2 + sequence parallel, vanilla", tensor=2, sequence=True, model="vanilla"),
         _case("TP2 + sequence parallel, bf16", tensor=2, sequence=True, precision="bf16"),
         *(_case(f"PP2, ZeRO {zero}", pipeline=2, zero=zero) for zero in (0, 1, 2)),
-        _case("PP2, vanilla, recompute", pipeline=2, model="vanilla", recompute=True),
+        _case("PP2, vanilla, recompute", pipeline=2, model="vanilla", checkpointing="layer"),
+        _case("PP2, selective", pipeline=2, checkpointing="selective"),
+        _case("PP2, budget", pipeline=2, checkpointing="budget", memory_gib=2.1e-4),
         _case("PP2, bf16", pipeline=2, precision="bf16"),
         *(_case(f"DP2, ZeRO {zero}", data=2, zero=zero) for zero in (0, 1, 2, 3)),
         _case("DP2, ZeRO 1, micro-batch 2", data=2, micro_batch_size=2),
-        _case("DP2, ZeRO 3, micro-batch 2, recompute", data=2, zero=3, micro_batch_size=2, recompute=True),
+        _case("DP2, ZeRO 3, micro-batch 2, recompute", data=2, zero=3, micro_batch_size=2, checkpointing="layer"),
         *(_case(f"DP2, ZeRO {zero}, bf16", data=2, zero=zero, precision="bf16") for zero in (1, 2, 3)),
         *(_case(f"TP2 x PP2, ZeRO {zero}", tensor=2, pipeline=2, zero=zero, sequence=zero == 1) for zero in (0, 1)),
         _case("TP2 x DP2, ZeRO 1", tensor=2, data=2),
@@ -254,7 +260,11 @@ def _paper_cases() -> list[Case]:
 def _variant_cases() -> list[Case]:
     """Every variant of the model, under tensor and pipeline parallelism."""
     return [
-        *(_case(f"TP2, {name}", tensor=2, model=name) for name in VARIANTS if name not in SEQUENCE_PARALLEL),
+        *(
+            _case(f"TP2, selective, {name}", tensor=2, model=name, checkpointing="selective")
+            for name in VARIANTS
+            if name not in SEQUENCE_PARALLEL
+        ),
         *(_case(f"TP2 + sequence parallel, {name}", tensor=2, sequence=True, model=name) for name in SEQUENCE_PARALLEL),
         _case("TP2, Qwen3", tensor=2, model="Qwen3"),
         _case("TP2, ZeRO 3, Qwen2, tied", tensor=2, zero=3, model="Qwen2, tied"),
@@ -271,7 +281,8 @@ def _case(
     data: int = 1,
     zero: Literal[0, 1, 2, 3] = 1,
     sequence: bool = False,
-    recompute: bool = False,
+    checkpointing: Literal["none", "selective", "layer", "budget"] = "none",
+    memory_gib: float | None = None,
     **options: Any,
 ) -> Case:
     parallel = ParallelConfig(
@@ -280,7 +291,8 @@ def _case(
         data=data,
         zero_stage=zero,
         sequence_parallel=sequence,
-        activation_checkpointing=recompute,
+        activation_checkpointing=checkpointing,
+        activation_memory_gib=memory_gib,
     )
     return Case(name, parallel, **options)
 

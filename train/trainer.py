@@ -14,6 +14,7 @@ from checkpoints.store import LoadedCheckpoint
 from parallel.config import ParallelConfig
 from parallel.cpu_adaptation import compute_device
 from parallel.inputs import MicroBatch
+from parallel.planning.policies import stage_policies
 from parallel.stage import build_stage
 from parallel.topology import Coordinates
 from train.attempts import UNKNOWN_END, AttemptRecord, read_attempts
@@ -156,7 +157,9 @@ class Trainer:
         self.progress = self._checked_progress(checkpoint) if checkpoint else beginning
         self.watch.restore(self.progress.recent_losses)
         source = checkpoint.path if checkpoint else on_rank_zero(lambda: initial_weights(config))
-        stage = build_stage(config.model, config.parallel, dtype, None if source else config.run.seed)
+        seed = None if source else config.run.seed
+        policies = stage_policies(config.workload, self.place.pipeline_rank)
+        stage = build_stage(config.model, config.parallel, dtype, seed, policies=policies)
         reader = FragmentReader(source) if source else None
         if reader:
             load_weights(stage, reader)

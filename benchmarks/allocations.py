@@ -1,0 +1,76 @@
+"""Bytes that torch really takes on CPU, from its profiler, and what the system counts for the process."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch._C._profiler import _EventType
+from torch.profiler import ProfilerActivity, profile
+
+
+@dataclass
+class Allocations:
+    """What was taken between two moments, and not given back by the second; memory from before does not count.
+
+    Attributes:
+        peak: most bytes at a time.
+        left: bytes at the end.
+    """
+
+    peak: int = 0
+    left: int = 0
+
+
+@contextmanager
+def traced_allocations() -> Iterator[Allocations]:
+    """Traces torch's CPU allocator; the numbers are there when the block has ended."""
+    result = Allocations()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        yield result
+    live: dict[int, int] = {}
+    current = 0
+    for event in _events(profiler):
+        details = event.extra_fields
+        if details.alloc_size > 0:
+            live[details.ptr] = details.alloc_size
+            current += details.alloc_size
+        else:
+            current -= live.pop(details.ptr, 0)
+        result.peak = max(result.peak, current)
+    result.left = current
+
+
+def _events(profiler: Any) -> list[Any]:
+    """Allocations and releases in the order of time."""
+    found = []
+    pending = list(profiler.profiler.kineto_results.experimental_event_tree())
+    while pending:
+        event = pending.pop()
+        pending.extend(event.children)
+        if event.tag == _EventType.Allocation:
+            found.append(event)
+    return sorted(found, key=lambda event: event.start_time_ns)
+
+
+def resident_bytes() -> int:
+    """Resident memory of this process."""
+    return _status("VmRSS")
+
+
+@contextmanager
+def traced_residence() -> Iterator[Allocations]:
+    """Traces the process's resident memory above what it is at the start (Linux)."""
+    result = Allocations()
+    Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far
+    before = resident_bytes()
+    yield result
+    result.peak, result.left = _status("VmHWM") - before, resident_bytes() - before
+
+
+def _status(name: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(name + ":"):
+            return int(line.split()[1]) * 1024
+    raise AssertionError(f"/proc/self/status has no {name}")

@@ -1,0 +1,42 @@
+"""Time of collectives: rings over processes that a layout lays over nodes."""
+
+from dataclasses import dataclass
+
+from parallel.planning.hardware import Device, Network
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """Equal nodes.
+
+    Attributes:
+        device: of each process.
+        devices_per_node: processes that share a node.
+        network: between nodes; None: there is one node.
+    """
+
+    device: Device
+    devices_per_node: int
+    network: Network | None
+
+    def _link(self, span: int) -> tuple[float, float]:
+        """Bytes per second and latency of a ring whose members lie within so many consecutive ranks."""
+        if span <= self.devices_per_node or self.network is None:
+            return self.device.link_bytes_per_second, self.device.link_latency
+        return self.network.bytes_per_second * self.network.efficiency, self.network.latency
+
+    def all_gather(self, size: float, members: int, span: int) -> float:
+        """Seconds in which every member has all of `size` bytes, or, of a reduce-scatter, its sums."""
+        if members == 1:
+            return 0.0
+        rate, latency = self._link(span)
+        return (members - 1) * (size / members / rate + latency)
+
+    def all_reduce(self, size: float, members: int, span: int) -> float:
+        """Seconds of a sum of `size` bytes over all members."""
+        return 2.0 * self.all_gather(size, members, span)
+
+    def send(self, size: float, span: int) -> float:
+        """Seconds of a message between two processes."""
+        rate, latency = self._link(span)
+        return size / rate + latency

@@ -1,0 +1,104 @@
+"""Memory of a process at its worst moment, by component."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields
+
+from parallel.checkpointing import Policy
+from parallel.costs import PieceCost
+from parallel.planning.activations import gathered_bytes, piece_activations, received_bytes
+from parallel.planning.states import States, stage_states
+from parallel.planning.workload import Workload
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one process, all of them at the same moment.
+
+    Attributes:
+        parameters: weights.
+        optimizer: master weights and moments.
+        gradients: of parameters.
+        activations: kept for backward passes, of all micro-batches in flight.
+        workspace: of the piece that is running: logits, recomputed tensors, gradients of activations.
+        communication: buffers, and what ZeRO 3 and sequence parallelism gather.
+    """
+
+    parameters: float
+    optimizer: float
+    gradients: float
+    activations: float
+    workspace: float
+    communication: float
+
+    @property
+    def total(self) -> float:
+        """All components together."""
+        return sum(getattr(self, field.name) for field in fields(self))
+
+
+def stage_memory(work: Workload, stage: int, policies: Mapping[str, Policy]) -> Memory:
+    """Peak of a process of a pipeline stage.
+
+    Args:
+        work: what is trained.
+        stage: which stage.
+        policies: of its decoder layers, by piece.
+    """
+    states = stage_states(work, stage)
+    return max(_moments(work, stage, policies, states), key=lambda memory: memory.total)
+
+
+def activation_bytes(work: Workload, stage: int, policies: Mapping[str, Policy]) -> float:
+    """Activations and workspace of a process at their peak: what a budget is for."""
+    nothing = States(parameters=0.0, optimizer=0.0, gradients=0.0, accumulated=0.0, reduction=0.0, update=0.0)
+    return max(memory.activations + memory.workspace for memory in _moments(work, stage, policies, nothing))
+
+
+def _moments(work: Workload, stage: int, policies: Mapping[str, Policy], states: States) -> Iterator[Memory]:
+    """Memory during each piece's forward and backward pass, the reduction and the update."""
+    names = [piece.name for piece in work.stages[stage]]
+    gathered = max(gathered_bytes(work, name) for name in names) * (
+        1 if work.on_gpu else 2
+    )  # gloo scatters from a copy
+    static = (states.parameters, states.optimizer)
+    for activations, workspace, gradients, has_bucket in _passes(work, stage, policies, states):
+        communication = gathered + states.gathered + (states.bucket if has_bucket or states.keeps_bucket else 0.0)
+        yield Memory(*static, states.held_gradients + gradients, activations, workspace, communication)
+    gradients = states.held_gradients + states.gradients
+    yield Memory(*static, gradients, 0.0, 0.0, gathered + states.gathered + states.bucket + states.reduction)
+    kept_bucket = states.bucket if states.keeps_bucket else 0.0
+    yield Memory(*static, states.held_gradients + states.accumulated, 0.0, 0.0, gathered + kept_bucket + states.update)
+
+
+def _passes(
+    work: Workload, stage: int, policies: Mapping[str, Policy], states: States
+) -> Iterator[tuple[float, float, float, bool]]:
+    """The newest micro-batch's passes through each piece.
+
+    Returns:
+        Activations, workspace, gradients, and whether the bucket for gradients exists.
+    """
+    pieces = work.stages[stage]
+    found = [piece_activations(work, piece.name, policies.get(piece.name, "none")) for piece in pieces]
+    in_flight = work.in_flight(stage)
+    received = received_bytes(work, pieces[0].name) if stage else 0.0
+    before = (in_flight - 1) * (sum(one.kept for one in found) + received) + received
+    # Once as many micro-batches are in flight as ever, a first backward pass has run, unless there are no more.
+    is_first = work.num_micro_batches <= in_flight
+    full = states.gradients if work.parallel.zero_stage < 2 or work.parallel.pipeline > 1 else states.accumulated
+    total = max(1, sum(piece.parameters for piece in pieces))
+    kept, later = before, sum(piece.parameters for piece in pieces)
+    for piece, one in zip(pieces, found, strict=True):
+        kept += one.kept
+        yield kept, one.forward, 0.0 if is_first else full, not is_first and work.parallel.zero_stage == 1
+        later -= piece.parameters
+        own = _own_gradient(work, piece)
+        arisen = states.gradients * later / total if is_first or work.parallel.zero_stage > 1 else 0.0
+        yield kept, one.backward + own, arisen + (0.0 if is_first else full), True
+
+
+def _own_gradient(work: Workload, piece: PieceCost) -> float:
+    """Gradients that arise in a piece's backward pass, before they go where all are; the head has its own in fp32."""
+    if piece.name in ("token_decoder.output", "vanilla.output") and work.precision == "fp32":
+        return 0.0
+    return piece.parameters_per_rank(work.parallel.tensor) * work.value_bytes

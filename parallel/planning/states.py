@@ -1,0 +1,152 @@
+"""What a process holds of parameters, gradients and optimizer, and the buffers in which it communicates.
+
+As DeepSpeed 0.19 does it with train/optimizer.py's settings; a test compares the sums with what is really allocated.
+P values of the stage on this tensor-parallel rank, D data-parallel processes, t bytes of a weight.
+"""
+
+from dataclasses import dataclass
+
+from parallel.planning.workload import Workload
+
+BUCKET_VALUES = 500_000_000  # DeepSpeed's reduce_bucket_size
+LIVE_VALUES = 1_000_000_000  # and stage3_max_live_parameters: so much ZeRO 3 leaves gathered
+
+
+@dataclass(frozen=True, kw_only=True)
+class States:
+    """Bytes of one process.
+
+    Attributes:
+        parameters: weights.
+        optimizer: master weights and moments.
+        held_gradients: buffers that exist in the whole step.
+        gradients: what the backward pass of the first micro-batch adds to them.
+        accumulated: what is left of them while further micro-batches run.
+        bucket: into which gradients are brought together, during backward passes.
+        keeps_bucket: it exists in the whole step.
+        gathered: parameters that ZeRO 3 has brought together.
+        reduction: beside all gradients, when they are reduced; activations are gone by then.
+        update: beside the accumulated gradients, during the update.
+    """
+
+    parameters: float
+    optimizer: float
+    held_gradients: float = 0.0
+    gradients: float
+    accumulated: float
+    bucket: float = 0.0
+    keeps_bucket: bool = False
+    gathered: float = 0.0
+    reduction: float
+    update: float
+
+
+def stage_parameters(work: Workload, stage: int) -> int:
+    """Values that a process of a stage holds of it, before ZeRO shards them (P)."""
+    return sum(piece.parameters_per_rank(work.parallel.tensor) for piece in work.stages[stage])
+
+
+def stage_states(work: Workload, stage: int) -> States:
+    """States of a process of a stage."""
+    parameters = float(stage_parameters(work, stage))
+    kinds = {0: _replicated, 1: _sharded_optimizer, 2: _sharded_gradients, 3: _sharded_parameters}
+    if work.parallel.zero_stage == 1 and work.precision == "bf16":
+        return _bf16_sharded_optimizer(work, parameters)
+    return kinds[work.parallel.zero_stage](work, parameters)
+
+
+def _bucket(work: Workload, parameters: float, value_bytes: int) -> float:
+    """DeepSpeed's bucket for gradients. Of a CPU's memory it takes only what is written of it."""
+    return value_bytes * (BUCKET_VALUES if work.counts_unwritten else min(parameters, BUCKET_VALUES))
+
+
+def _largest_group(work: Workload, parameters: float) -> float:
+    """Values of the larger of the optimizer's groups: all, or the matrices without the tables."""
+    model, tensor = work.model, work.parallel.tensor
+    if work.decays_all:
+        return parameters
+    tables = model.vanilla.hidden_size if not model.is_block else model.tokens.hidden_size * model.embeds_local_tokens
+    if model.is_block:
+        tables += model.embedder.vector_width(model.blocks.hidden_size, model.block_length)
+    exempt = min(parameters, model.vocab_size / tensor * tables) if work.parallel.pipeline == 1 else 0.0
+    return max(exempt, parameters - exempt)
+
+
+def _replicated(work: Workload, parameters: float) -> States:
+    """ZeRO 0, fp32: everything on each process; gradients are copied together to be summed."""
+    return States(
+        parameters=4 * parameters,
+        optimizer=8 * parameters,
+        gradients=4 * parameters,
+        accumulated=4 * parameters,
+        reduction=4 * min(parameters, BUCKET_VALUES),
+        update=0.0,
+    )
+
+
+def _bf16_sharded_optimizer(work: Workload, parameters: float) -> States:
+    """ZeRO 1, bf16: an fp32 sum of all gradients besides the sharded master weights and moments."""
+    return States(
+        parameters=2 * parameters,
+        optimizer=12 * parameters / work.parallel.data,
+        held_gradients=4 * parameters,
+        gradients=0.0,
+        accumulated=0.0,
+        reduction=4 * min(parameters, BUCKET_VALUES),
+        update=_gathering_copy(work, parameters),
+    )
+
+
+def _sharded_optimizer(work: Workload, parameters: float) -> States:
+    """ZeRO 1, fp32."""
+    part = 4 * parameters / work.parallel.data
+    return States(
+        parameters=4 * parameters,
+        optimizer=3 * part,
+        gradients=4 * parameters,
+        accumulated=4 * parameters,
+        bucket=_bucket(work, parameters, 4),
+        reduction=part,
+        update=part - 4 * parameters + 4 * _largest_group(work, parameters) / work.parallel.data,
+    )
+
+
+def _sharded_gradients(work: Workload, parameters: float) -> States:
+    """ZeRO 2: gradients of each micro-batch, of which each process adds its part to an fp32 sum."""
+    size, part = work.value_bytes, 4 * parameters / work.parallel.data
+    is_pipelined = work.parallel.pipeline > 1
+    cast = 4 * min(parameters, BUCKET_VALUES) if work.precision == "bf16" else 0.0
+    return States(
+        parameters=size * parameters,
+        optimizer=3 * part,
+        gradients=size * parameters,
+        accumulated=size * parameters if is_pipelined else part,
+        bucket=_bucket(work, parameters, size),
+        reduction=part + cast,
+        update=4 * _largest_group(work, parameters) / work.parallel.data,
+    )
+
+
+def _sharded_parameters(work: Workload, parameters: float) -> States:
+    """ZeRO 3: what is gathered of the parameters counts among the buffers."""
+    size, part = work.value_bytes, parameters / work.parallel.data
+    scattered = 4 * min(parameters, BUCKET_VALUES) * (1 if work.on_gpu else 2)
+    return States(
+        parameters=size * part,
+        optimizer=12 * part,
+        held_gradients=4 * part,
+        gradients=size * parameters,
+        accumulated=0.0,
+        bucket=_bucket(work, parameters, 4),
+        keeps_bucket=True,
+        gathered=size * min(parameters, LIVE_VALUES) if work.parallel.data > 1 else 0.0,
+        reduction=scattered,
+        update=4 * _largest_group(work, parameters) / work.parallel.data,
+    )
+
+
+def _gathering_copy(work: Workload, parameters: float) -> float:
+    """Gloo gathers the updated weights into a copy."""
+    if work.on_gpu or work.parallel.data == 1:
+        return 0.0
+    return work.value_bytes * _largest_group(work, parameters)

@@ -1,0 +1,196 @@
+"""Time of an optimizer step from counts of FLOPs and bytes and the constants of a cluster."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+
+from parallel.checkpointing import Policy
+from parallel.costs import PieceCost
+from parallel.planning.activations import piece_activations, received_bytes
+from parallel.planning.communication import Cluster
+from parallel.planning.policies import recomputed
+from parallel.planning.states import BUCKET_VALUES, stage_parameters
+from parallel.planning.workload import Workload
+
+# How often forward and backward passes together move what a piece keeps: written, read by the next operator, read and
+# written again as a gradient, twice each for the temporaries between.
+PASSES_OVER_KEPT = 8.0
+OPERATORS_PER_LAYER = 120.0  # forward and backward
+PRODUCTS_PER_LAYER = 4.0
+OPTIMIZER_BYTES = 34.0  # per parameter: gradient, master weight and both moments read and written, weight written
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Seconds of one optimizer step, on the slowest process.
+
+    Attributes:
+        products: matrix products and attention, forward and backward.
+        elementwise: norms, activations, softmax and other work bound by memory.
+        recomputation: of either, by activation checkpointing.
+        tensor: collectives of tensor and sequence parallelism.
+        pipeline: waiting for other stages, and messages between them.
+        data: reduction of gradients, and gathering of parameters.
+        optimizer: the update.
+    """
+
+    products: float
+    elementwise: float
+    recomputation: float
+    tensor: float
+    pipeline: float
+    data: float
+    optimizer: float
+
+    @property
+    def total(self) -> float:
+        """The whole step."""
+        return sum(getattr(self, field.name) for field in fields(self))
+
+
+def step_time(work: Workload, cluster: Cluster, policies: list[Mapping[str, Policy]]) -> StepTime:
+    """Time of a step; `policies` has those of each stage's layers."""
+    stages = [_stage_seconds(work, cluster, stage, policies[stage]) for stage in range(work.parallel.pipeline)]
+    totals = [sum(stage) for stage in stages]
+    slowest = max(range(len(stages)), key=lambda stage: totals[stage])
+    # 1F1B: each micro-batch passes the slowest stage; the first and the last pass all others once besides.
+    waiting = sum(totals) - totals[slowest]
+    products, elementwise, recomputation, tensor = (part * work.num_micro_batches for part in stages[slowest])
+    held = [stage_parameters(work, stage) for stage in range(work.parallel.pipeline)]
+    return StepTime(
+        products=products,
+        elementwise=elementwise,
+        recomputation=recomputation,
+        tensor=tensor,
+        pipeline=waiting + _messages(work, cluster),
+        data=max(_data_seconds(work, cluster, parameters) for parameters in held),
+        optimizer=max(_optimizer_seconds(work, cluster, parameters) for parameters in held),
+    )
+
+
+def stage_balance(work: Workload) -> tuple[float, float]:
+    """What FLOPs say of a pipeline before it runs.
+
+    Returns:
+        The fraction of a step in which processes wait (the bubble), and the work of the average stage over that of the
+        slowest one.
+    """
+    flops = [sum(piece.forward_flops for piece in stage) for stage in work.stages]
+    count = work.num_micro_batches
+    step = (count - 1) * max(flops) + sum(flops)
+    mean = sum(flops) / len(flops)
+    return 1.0 - count * mean / step, mean / max(flops)
+
+
+def _stage_seconds(
+    work: Workload, cluster: Cluster, stage: int, policies: Mapping[str, Policy]
+) -> tuple[float, float, float, float]:
+    """Of one micro-batch: products, element-wise work, recomputation, collectives of tensor parallelism."""
+    found = [_piece_seconds(work, cluster, piece, policies.get(piece.name, "none")) for piece in work.stages[stage]]
+    products, elementwise, recomputation, tensor = (sum(part) for part in zip(*found, strict=True))
+    return products, elementwise, recomputation, tensor
+
+
+def _piece_seconds(
+    work: Workload, cluster: Cluster, piece: PieceCost, policy: Policy
+) -> tuple[float, float, float, float]:
+    device = cluster.device
+    flops = piece.forward_flops * work.micro_batch_size / work.parallel.tensor
+    attention = _attention_flops(work, piece.name)
+    linear = flops - attention
+    products = 3.0 * (_product_seconds(work, cluster, linear) + _attention_seconds(work, cluster, attention))
+    rate = device.bytes_per_second * device.memory_efficiency
+    activations = piece_activations(work, piece.name, "none")
+    moved = PASSES_OVER_KEPT * activations.kept
+    if piece.name in ("token_decoder.output", "vanilla.output"):
+        # Each logit is written, read for its largest value and its softmax, and read as a gradient; by three passes.
+        logits = work.tokens * work.model.vocab_size / work.parallel.tensor
+        moved += 6.0 * logits * 4.0
+    elementwise = moved / rate
+    if ".layers." in piece.name:
+        elementwise = max(elementwise, OPERATORS_PER_LAYER * device.launch_seconds - products)
+    again_flops, again_bytes = recomputed(work, piece, policy)
+    recomputation = _product_seconds(work, cluster, again_flops) + 2.0 * again_bytes / rate
+    return products, elementwise, recomputation, _tensor_seconds(work, cluster, piece.name, policy)
+
+
+def _product_seconds(work: Workload, cluster: Cluster, flops: float) -> float:
+    """Small products reach less of the peak."""
+    device = cluster.device
+    ramp = PRODUCTS_PER_LAYER * device.product_ramp_flops if flops else 0.0
+    return (flops + ramp) / (device.flops_per_second[work.precision] * device.product_efficiency)
+
+
+def _attention_seconds(work: Workload, cluster: Cluster, flops: float) -> float:
+    device = cluster.device
+    return flops / (device.flops_per_second[work.precision] * device.attention_efficiency)
+
+
+def _attention_flops(work: Workload, piece: str) -> float:
+    """Of a layer's forward pass, on one process."""
+    if ".layers." not in piece:
+        return 0.0
+    model = work.model
+    if piece.startswith("token_decoder"):
+        length = model.local_length + (model.num_context_vectors if model.has_cross_attention else 0)
+    else:
+        length = model.num_blocks if model.is_block else model.sequence_length
+    return 4.0 * work.positions(piece) * length * work.stack(piece).attention_size / work.parallel.tensor
+
+
+def _tensor_seconds(work: Workload, cluster: Cluster, piece: str, policy: Policy) -> float:
+    """Sums of the residual stream: after attention and feed-forward, and again for the gradients of their inputs."""
+    tensor = work.parallel.tensor
+    if tensor == 1:
+        return 0.0
+    size = work.positions(piece) * work.stack(piece).hidden_size * work.value_bytes
+    one = cluster.all_reduce(size, tensor, tensor)
+    if ".layers." not in piece:
+        return 0.0 if piece in ("block_decoder.output", "token_decoder.input") else 2.0 * one
+    sublayers = 3 if work.model.has_cross_attention and piece.startswith("token_decoder") else 2
+    sums = 2.0 * sublayers + (0.0 if policy == "none" else sublayers - 1.0)
+    # Sequence parallelism sums in two halves, and gathers each sublayer's input once more in its backward pass.
+    again = 0.5 * sublayers if work.parallel.sequence_parallel else 0.0
+    return (sums + again) * one
+
+
+def _messages(work: Workload, cluster: Cluster) -> float:
+    """Messages between stages that nothing hides: one in each direction per micro-batch."""
+    if work.parallel.pipeline == 1:
+        return 0.0
+    span = 2 * work.parallel.tensor * work.parallel.data
+    largest = max(received_bytes(work, stage[0].name) for stage in work.stages[1:])
+    return 2.0 * (work.num_micro_batches + work.parallel.pipeline - 2) * cluster.send(largest, span)
+
+
+def _data_seconds(work: Workload, cluster: Cluster, parameters: int) -> float:
+    """Reduction of fp32 gradients, gathering of weights; what computation hides is left out."""
+    parallel = work.parallel
+    members, span = parallel.data, parallel.tensor * parallel.data
+    gradients, weights = 4.0 * parameters, float(work.value_bytes * parameters)
+    if parallel.zero_stage == 0:
+        seconds = cluster.all_reduce(gradients, members, span)
+    elif parallel.zero_stage == 1 or parallel.pipeline > 1:
+        seconds = cluster.all_reduce(gradients, members, span) + cluster.all_gather(weights, members, span)
+    elif parallel.zero_stage == 2:
+        each = cluster.all_reduce(gradients, members, span)
+        seconds = work.num_micro_batches * each + cluster.all_gather(weights, members, span)
+    else:
+        each = cluster.all_gather(gradients, members, span) + _gathers(work) * cluster.all_gather(
+            weights, members, span
+        )
+        seconds = work.num_micro_batches * each
+    return seconds * (1.0 - cluster.device.overlap)
+
+
+def _gathers(work: Workload) -> int:
+    """How often ZeRO 3 gathers a weight per micro-batch; small models stay gathered for the backward pass."""
+    parameters = sum(stage_parameters(work, stage) for stage in range(work.parallel.pipeline))
+    return 1 if parameters <= 2 * BUCKET_VALUES else 2
+
+
+def _optimizer_seconds(work: Workload, cluster: Cluster, parameters: int) -> float:
+    """The update of this process's part, and the accumulation of gradients in fp32."""
+    shards = work.parallel.data if work.parallel.zero_stage else 1
+    moved = OPTIMIZER_BYTES * parameters / shards + 8.0 * parameters
+    moved += 10.0 * parameters * work.num_micro_batches
+    return moved / (cluster.device.bytes_per_second * cluster.device.memory_efficiency)

@@ -1,0 +1,67 @@
+"""What is trained and how: all that memory and time follow from."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+from parallel.component_config import DecoderConfig
+from parallel.config import ModelConfig, ParallelConfig
+from parallel.costs import PieceCost, pipeline_split
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A training step of one layout.
+
+    Attributes:
+        model: the model.
+        parallel: the layout.
+        micro_batch_size: sequences per forward pass of one process.
+        num_micro_batches: of one process per optimizer step.
+        precision: fp32, or bf16 with fp32 master weights and gradient accumulation.
+        on_gpu: kernels of a GPU keep other tensors than those of a CPU.
+        counts_unwritten: count memory that is taken but never written, which costs a CPU nothing.
+        decays_all: the optimizer has one group of parameters instead of two.
+    """
+
+    model: ModelConfig
+    parallel: ParallelConfig
+    micro_batch_size: int
+    num_micro_batches: int
+    precision: Literal["fp32", "bf16"] = "bf16"
+    on_gpu: bool = True
+    counts_unwritten: bool = True
+    decays_all: bool = False
+
+    @property
+    def value_bytes(self) -> int:
+        """Bytes of a weight and of an activation."""
+        return 2 if self.precision == "bf16" else 4
+
+    @cached_property
+    def stages(self) -> list[list[PieceCost]]:
+        """The pieces of each pipeline stage."""
+        return pipeline_split(self.model, self.parallel.pipeline)
+
+    def in_flight(self, stage: int) -> int:
+        """Micro-batches whose activations a stage holds at once under 1F1B."""
+        return min(self.num_micro_batches, self.parallel.pipeline - stage)
+
+    def stack(self, piece: str) -> DecoderConfig:
+        """The decoder stack that a piece belongs to or, as an output, ends."""
+        model = self.model
+        if not model.is_block:
+            return model.vanilla
+        return model.tokens if piece.startswith("token_decoder") else model.blocks
+
+    def positions(self, piece: str) -> int:
+        """Positions of a micro-batch that a piece's layers compute, over all tensor-parallel ranks."""
+        model = self.model
+        if piece.startswith("token_decoder"):
+            return self.micro_batch_size * model.num_blocks * model.local_length
+        return self.micro_batch_size * (model.num_blocks if model.is_block else model.sequence_length)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a micro-batch."""
+        return self.micro_batch_size * self.model.sequence_length
