@@ -1,0 +1,238 @@
+"""Holds tools/plan.py's predictions against real processes on CPU: memory of layouts, order of step times.
+
+benchmarks/plan_against_measurement.py [--output FILE]: each layout runs in processes of its own, over gloo. Memory is
+what torch's allocator takes, and resident memory above that after imports. The constants for times are fitted to the
+layouts of one process; those of two are predicted.
+"""
+
+import sys
+from pathlib import Path
+
+# Run as a script, the first entry of sys.path is this folder; the repository root must stand there instead.
+if Path(sys.path[0]).resolve() == Path(__file__).resolve().parent:
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+import argparse
+import json
+import multiprocessing
+import os
+import statistics
+import time
+import warnings
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from itertools import combinations
+from typing import Any
+
+# Megatron-core warns at import about optional libraries that this project does not use.
+warnings.filterwarnings("ignore", module=r"megatron\.core")
+
+import torch
+import torch.distributed
+
+from benchmarks.allocations import traced_allocations, traced_residence
+from parallel.config import ModelConfig, ParallelConfig
+from parallel.device_limits import measure_device_limits
+from parallel.host_memory import keep_freed_memory
+from parallel.inputs import MicroBatch
+from parallel.planning.calibration import Measured, fit
+from parallel.planning.communication import Cluster
+from parallel.planning.hardware import DEVICES, Device
+from parallel.planning.memory import stage_memory
+from parallel.planning.policies import stage_policies
+from parallel.planning.search import evaluate
+from parallel.planning.workload import Workload
+from parallel.stage import build_stage
+from parallel.topology import initialize_topology, start_process_group
+from slurm.identity import free_port
+from train.config import OptimizerConfig
+from train.step import StepEngine
+
+MIB = 2**20
+STEPS = 4
+DISTINGUISHABLE = 1.15  # step times nearer to each other than this are no pair whose order counts
+STACK = {"num_layers": 4, "hidden_size": 384, "num_attention_heads": 6}
+MODEL = ModelConfig.model_validate(
+    {"vocab_size": 8192, "sequence_length": 1024, "block_decoder": STACK, "token_decoder": STACK}
+)
+
+
+@dataclass(frozen=True)
+class Observation:
+    """What one process measured.
+
+    Attributes:
+        resident: peak of resident memory above that after imports, in bytes.
+        allocated: peak of torch's allocator, in bytes.
+        step_seconds: median of the steps after the first.
+    """
+
+    resident: int
+    allocated: int
+    step_seconds: float
+
+
+def layouts() -> list[Workload]:
+    """What is measured: one, two and four processes, all kinds of parallelism and checkpointing."""
+    cases: list[tuple[dict[str, Any], int, int, str]] = [
+        ({"zero_stage": 0}, 4, 2, "fp32"),
+        ({"zero_stage": 1, "activation_checkpointing": "selective"}, 4, 2, "fp32"),
+        ({"zero_stage": 1, "activation_checkpointing": "layer"}, 4, 2, "fp32"),
+        ({"zero_stage": 1}, 2, 2, "bf16"),
+        ({"data": 2, "zero_stage": 1}, 2, 2, "fp32"),
+        ({"data": 2, "zero_stage": 2}, 2, 2, "fp32"),
+        ({"data": 2, "zero_stage": 3}, 2, 2, "fp32"),
+        ({"tensor": 2, "zero_stage": 0}, 4, 2, "fp32"),
+        ({"tensor": 2, "zero_stage": 0, "sequence_parallel": True}, 4, 2, "fp32"),
+        ({"tensor": 2, "zero_stage": 0, "activation_checkpointing": "selective"}, 4, 2, "fp32"),
+        ({"pipeline": 2, "zero_stage": 0}, 1, 8, "fp32"),
+        ({"pipeline": 2, "zero_stage": 0, "activation_checkpointing": "layer"}, 2, 4, "fp32"),
+        ({"pipeline": 2, "data": 2, "zero_stage": 1}, 1, 4, "fp32"),
+    ]
+    return [
+        Workload(MODEL, ParallelConfig(**parallel), size, count, precision, on_gpu=False)  # type: ignore[arg-type]
+        for parallel, size, count, precision in cases
+    ]
+
+
+def observe(work: Workload, steps: int = STEPS, traces_allocator: bool = True) -> Observation:
+    """Trains for some steps in this process of a running group, first undisturbed, then with the allocator traced."""
+    place = initialize_topology(work.parallel)
+    with traced_residence() as resident:
+        seconds = _train(work, place.pipeline_rank, steps)
+    allocated = 0
+    if traces_allocator:
+        with traced_allocations() as traced:
+            _train(work, place.pipeline_rank, 2)
+        allocated = traced.peak
+    return Observation(resident.peak, allocated, statistics.median(seconds[1:]))
+
+
+def _train(work: Workload, stage_number: int, steps: int) -> list[float]:
+    dtype = torch.bfloat16 if work.precision == "bf16" else torch.float32
+    stage = build_stage(work.model, work.parallel, dtype, policies=stage_policies(work, stage_number))
+    engine = StepEngine(
+        stage, work.parallel, OptimizerConfig(learning_rate=1e-4), work.precision, work.micro_batch_size
+    )
+    ids = torch.randint(work.model.vocab_size, (work.micro_batch_size, work.model.sequence_length))
+    batches = [MicroBatch(ids, torch.ones_like(ids, dtype=torch.bool))] * work.num_micro_batches
+    seconds = []
+    for _ in range(steps):
+        started = time.perf_counter()
+        engine.accumulate(batches)
+        engine.update(1e-4)
+        seconds.append(time.perf_counter() - started)
+    engine.engine.destroy()
+    return seconds
+
+
+def _process(rank: int, port: int, work: Workload, answers: Any) -> None:
+    size = work.parallel.world_size
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank))
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), DS_ACCELERATOR="cpu")
+    torch.set_num_threads(1)
+    keep_freed_memory()
+    start_process_group()
+    answers.put((rank, observe(work)))
+    torch.distributed.destroy_process_group()
+
+
+def run_layout(work: Workload) -> list[Observation]:
+    """Runs a layout in processes of its own; one observation per rank."""
+    context = multiprocessing.get_context("spawn")
+    answers, port = context.Queue(), free_port()
+    processes = [
+        context.Process(target=_process, args=(rank, port, work, answers)) for rank in range(work.parallel.world_size)
+    ]
+    for process in processes:
+        process.start()
+    found = dict(answers.get(timeout=600) for _ in processes)
+    for process in processes:
+        process.join()
+    return [found[rank] for rank in sorted(found)]
+
+
+def predicted_bytes(work: Workload, rank: int, counts_unwritten: bool) -> float:
+    """Peak that the memory model says for a rank."""
+    work = replace(work, counts_unwritten=counts_unwritten)
+    stage = rank // (work.parallel.tensor * work.parallel.data)
+    return stage_memory(work, stage, stage_policies(work, stage)).total
+
+
+def describe(work: Workload) -> str:
+    """A layout in a few words."""
+    parallel = work.parallel
+    sequence = "+SP" if parallel.sequence_parallel else ""
+    return (
+        f"TP{parallel.tensor}{sequence} PP{parallel.pipeline} DP{parallel.data} ZeRO {parallel.zero_stage}, "
+        f"{parallel.activation_checkpointing}, {work.num_micro_batches} x {work.micro_batch_size}, {work.precision}"
+    )
+
+
+def memory_table(works: Sequence[Workload], observed: Sequence[list[Observation]]) -> list[str]:
+    """Predicted and measured memory of the rank that needs most of each layout."""
+    lines = [
+        "| layout | allocated MiB | predicted | ratio | resident MiB | predicted | ratio |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for work, ranks in zip(works, observed, strict=True):
+        cells = [describe(work)]
+        for kind, counts_unwritten in (("allocated", True), ("resident", False)):
+            rank = max(range(len(ranks)), key=lambda one: getattr(ranks[one], kind))
+            measured = getattr(ranks[rank], kind)
+            predicted = predicted_bytes(work, rank, counts_unwritten)
+            cells += [f"{measured / MIB:,.0f}", f"{predicted / MIB:,.0f}", f"{predicted / measured:.2f}"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def calibrated(works: Sequence[Workload], seconds: Sequence[float]) -> Device:
+    """A CPU with measured limits and efficiencies fitted to the layouts of one process."""
+    torch.set_num_threads(1)
+    limits = measure_device_limits(torch.device("cpu"), torch.float32)
+    rates = {"fp32": limits.flops_per_second, "bf16": limits.flops_per_second}
+    device = DEVICES["cpu"].model_copy(update={"flops_per_second": rates, "bytes_per_second": limits.bytes_per_second})
+    measured = [Measured(work, one) for work, one in zip(works, seconds, strict=True)]
+    return fit(device, 8, None, [one for one in measured if one.work.parallel.world_size == 1])
+
+
+def time_tables(works: Sequence[Workload], seconds: Sequence[float], device: Device) -> list[str]:
+    """Predicted and measured step times, and how many pairs of two-process layouts are in the right order."""
+    cluster = Cluster(device, 8, None)
+    lines = ["| layout | step s | predicted | ratio |", "|---|---|---|---|"]
+    pairs: list[tuple[float, float]] = []
+    for work, measured in zip(works, seconds, strict=True):
+        predicted = evaluate(work, cluster).time.total
+        lines.append(f"| {describe(work)} | {measured:.2f} | {predicted:.2f} | {predicted / measured:.2f} |")
+        if work.parallel.world_size == 2:
+            pairs.append((measured, predicted))
+    apart = [(a, b) for a, b in combinations(pairs, 2) if max(a[0], b[0]) > DISTINGUISHABLE * min(a[0], b[0])]
+    agreeing = sum((a[0] < b[0]) == (a[1] < b[1]) for a, b in apart)
+    return [*lines, "", f"order of two-process layouts that differ by more than 15 %: {agreeing} of {len(apart)} pairs"]
+
+
+def main() -> None:
+    """Measures, predicts and prints."""
+    parser = argparse.ArgumentParser(description="Compares the planner with measurements on CPU processes.")
+    parser.add_argument("--output", type=Path, help="file for the measurements as JSON")
+    parser.add_argument("--only", type=int, nargs="+", metavar="N", help="numbers of the layouts to run, from 0")
+    arguments = parser.parse_args()
+    works = layouts()
+    works = [works[number] for number in arguments.only or range(len(works))]
+    observed = []
+    for work in works:
+        observed.append(run_layout(work))
+        print(f"measured {describe(work)}", file=sys.stderr, flush=True)
+    seconds = [max(one.step_seconds for one in ranks) for ranks in observed]
+    device = calibrated(works, seconds)
+    print("\n".join([*memory_table(works, observed), "", *time_tables(works, seconds, device)]))
+    if arguments.output:
+        rows = [
+            {"layout": describe(work), "ranks": [asdict(one) for one in ranks]}
+            for work, ranks in zip(works, observed, strict=True)
+        ]
+        arguments.output.write_text(json.dumps({"device": device.model_dump(), "layouts": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
