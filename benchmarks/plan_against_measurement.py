@@ -51,9 +51,9 @@ from train.step import StepEngine
 MIB = 2**20
 STEPS = 4
 DISTINGUISHABLE = 1.15  # step times nearer to each other than this are no pair whose order counts
-STACK = {"num_layers": 4, "hidden_size": 384, "num_attention_heads": 6}
+STACK = {"num_layers": 4, "hidden_size": 256, "num_attention_heads": 8}
 MODEL = ModelConfig.model_validate(
-    {"vocab_size": 8192, "sequence_length": 1024, "block_decoder": STACK, "token_decoder": STACK}
+    {"vocab_size": 8192, "sequence_length": 512, "block_decoder": STACK, "token_decoder": STACK}
 )
 
 

@@ -152,6 +152,7 @@ COVERAGE: dict[str, Callable[[str, Path], None]] = {
     f"{PYTHON} tools/inspect_data.py step runs/mine-1 --step 2 --rank 0": run,
     f"{PYTHON} tools/import_megatron.py --input pile/tokens --validation-fraction 0.001 --tokenizer tokenizer.json "
     "--output runs/pile-tokens/shards": import_tokens,
+    f"{PYTHON} tools/plan.py {PAPER_CONFIG} --gpus 16 --gpu h100-80g": run,
     "sbatch slurm/pretrain_block_1b.sh": check_job,
     "sbatch --nodes=4 --partition=gpu slurm/pretrain_block_1b.sh parallel.tensor=2 "
     "parallel.sequence_parallel=true": check_job,

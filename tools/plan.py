@@ -84,8 +84,8 @@ def main() -> None:
     if not arguments.tokens > 0:
         raise ConfigurationError(f"--tokens={arguments.tokens:g} is not positive; the paper trains on 300e9")
     cluster = chosen_cluster(arguments)
-    runs = {path.stem: load_config(path) for path in arguments.configs}
-    if len(runs) > 1 or arguments.train_budget or arguments.inference_budget:
+    runs = named_runs(arguments.configs)
+    if len(runs) > 1 or arguments.train_budget or arguments.inference_budget or arguments.losses:
         compare(arguments, cluster, runs)
     else:
         plan(arguments, cluster, next(iter(runs.values())))
@@ -109,6 +109,18 @@ def chosen_cluster(arguments: argparse.Namespace) -> Cluster:
     own = constants.network if constants else None
     network = NETWORKS[arguments.network] if arguments.network else own or NETWORKS["infiniband-400"]
     return Cluster(device, arguments.gpus_per_node, network)
+
+
+def named_runs(paths: list[Path]) -> dict[str, RunConfig]:
+    """Runs by the names of their files.
+
+    Raises:
+        ConfigurationError: two have the same.
+    """
+    runs = {path.stem: load_config(path) for path in paths}
+    if len(runs) < len(paths):
+        raise ConfigurationError(f"two of {', '.join(map(str, paths))} have the same name; rename a file")
+    return runs
 
 
 def training_of(config: RunConfig) -> Training:

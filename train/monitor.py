@@ -13,6 +13,7 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from parallel.planning.step_time import stage_balance
 from train.checkpointing import FinishedSave, Progress
 from train.config import RunConfig
 from train.config_file import config_text
@@ -52,6 +53,7 @@ class Monitor:
         self.config = config
         self.meter = meter
         self._last_step = config.train.last_step
+        self._pipeline = _pipeline_values(config)
         self._progress_file = folder.parent / PROGRESS_FILE
         _wait_for_a_later_name(folder)
         self._writer = SummaryWriter(str(folder), purge_step=first_step)
@@ -86,6 +88,7 @@ class Monitor:
             "speed/tflops_per_process": speed.tflops_per_process,
             "speed/data_wait_seconds": data_wait,
             "memory/peak_gib": peak_memory_bytes() / 2**30,
+            **self._pipeline,
         }
         if speed.model_flops_utilization is not None:
             values["speed/mfu"] = speed.model_flops_utilization
@@ -94,6 +97,8 @@ class Monitor:
         self.record(step, values)
         self._note_progress(step, loss.loss, speed.tokens_per_second)
         utilization = "" if speed.model_flops_utilization is None else f"  MFU {speed.model_flops_utilization:.1%}"
+        if self._pipeline:
+            utilization += f"  bubble {self._pipeline['pipeline/bubble']:.0%}"
         self.say(
             f"step {step}/{self._last_step}  loss {loss.loss:.4f}  lr {learning_rate:.2e}  norm {gradient_norm:.3f}  "
             f"{speed.tokens_per_second:,.0f} tokens/s  {speed.tflops_per_process:.3f} TFLOP/s{utilization}"
@@ -175,6 +180,14 @@ class Monitor:
         if self._bar is not None:
             self._bar.close()
         self._writer.close()
+
+
+def _pipeline_values(config: RunConfig) -> dict[str, float]:
+    """What the FLOPs of a pipeline's stages say of each step; see parallel.planning.step_time.stage_balance."""
+    if config.parallel.pipeline == 1:
+        return {}
+    bubble, balance = stage_balance(config.workload)
+    return {"pipeline/bubble": bubble, "pipeline/stage_balance": balance}
 
 
 def _positions(split: str, loss: MeanLoss) -> dict[str, float]:

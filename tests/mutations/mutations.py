@@ -355,4 +355,25 @@ MUTATIONS = (
         "tests/evaluation/throughput/test_costs.py::"
         "test_a_block_model_reads_a_block_decoder_once_per_block_and_a_token_decoder_once_for_a_prompt",
     ),
+    Mutation(
+        "an activation budget forgets the micro-batches that a pipeline has in flight",
+        "parallel/planning/workload.py",
+        "return min(self.num_micro_batches, self.parallel.pipeline - stage)",
+        "return 1",
+        "tests/parallel/test_checkpointing.py::test_early_stages_hold_more_micro_batches",
+    ),
+    Mutation(
+        "the memory model forgets the copy of rotated queries and keys",
+        "parallel/planning/activations.py",
+        "size += (sizes.queries + sizes.keys) * work.value_bytes",
+        "size += sizes.queries * work.value_bytes",
+        "tests/parallel/planning/test_activations.py::test_long_sequences_attend_by_the_fused_kernel",
+    ),
+    Mutation(
+        "the planner counts one half of an all-reduce",
+        "parallel/planning/communication.py",
+        "return 2.0 * self.all_gather(size, members, span)",
+        "return self.all_gather(size, members, span)",
+        "tests/parallel/planning/test_step_time.py::test_rings",
+    ),
 )

@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.allocations import traced_allocations
+from parallel.attend import SHORT
 from parallel.checkpointing import POLICIES
 from parallel.config import ModelConfig, ParallelConfig
 from parallel.decoder_layer import DecoderLayer
@@ -48,3 +49,13 @@ def test_pieces_keep_what_is_predicted(name: str) -> None:
             predicted = piece_activations(work, piece, policy).kept
             assert predicted == pytest.approx(measured, rel=LOOSE.get(name, 0.02)), (piece, policy)
         hidden = output.detach().requires_grad_()
+
+
+def test_long_sequences_attend_by_the_fused_kernel() -> None:
+    """Beyond parallel/attend.py's limit other tensors are kept."""
+    config = MODELS["vanilla"].model_copy(update={"sequence_length": 2 * SHORT})
+    stage, inputs = build_stage(config, ParallelConfig()), inputs_of(config)
+    work = Workload(config, ParallelConfig(), SEQUENCES, 1, "fp32", on_gpu=False)
+    hidden = stage.piece("vanilla.input")(None, inputs).detach().requires_grad_()
+    measured, _ = kept(stage, "vanilla.layers.0", hidden, inputs)
+    assert piece_activations(work, "vanilla.layers.0").kept == pytest.approx(measured, rel=0.02)

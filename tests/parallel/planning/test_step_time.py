@@ -1,0 +1,84 @@
+"""Step times follow counts of FLOPs and bytes: they move as they must, and add up by hand where that is simple."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from parallel.config import ParallelConfig
+from parallel.costs import forward_flops_per_token
+from parallel.planning.communication import Cluster
+from parallel.planning.hardware import DEVICES, NETWORKS
+from parallel.planning.policies import stage_policies
+from parallel.planning.search import Training, evaluate, search, with_policy
+from parallel.planning.step_time import StepTime, stage_balance, step_time
+from parallel.planning.workload import Workload
+from train.selftest_models import MODELS
+
+CLUSTER = Cluster(DEVICES["h100-80g"], 8, NETWORKS["infiniband-400"])
+MODEL = MODELS["block"]
+
+
+def work(size: int = 1, count: int = 8, **layout: Any) -> Workload:
+    return Workload(MODEL, ParallelConfig.model_validate(layout), size, count, "fp32")
+
+
+def seconds(one: Workload, cluster: Cluster = CLUSTER) -> StepTime:
+    return step_time(one, cluster, [stage_policies(one, stage) for stage in range(one.parallel.pipeline)])
+
+
+def test_rings() -> None:
+    link = CLUSTER.device
+    assert CLUSTER.all_reduce(8e9, 4, 4) == pytest.approx(2 * 3 * (2e9 / link.link_bytes_per_second + 1e-5))
+    assert CLUSTER.all_gather(8e9, 4, 16) == pytest.approx(3 * (2e9 / (50e9 * 0.8) + 1.5e-5))
+    assert CLUSTER.all_reduce(8e9, 1, 1) == 0.0
+
+
+def test_products_are_counted_three_times_over_the_peak() -> None:
+    device = CLUSTER.device.model_copy(
+        update={"product_efficiency": 0.5, "attention_efficiency": 0.5, "product_ramp_flops": 0.0}
+    )
+    flops = 3 * forward_flops_per_token(MODEL) * MODEL.sequence_length * 16
+    found = seconds(work(size=2), Cluster(device, 8, None)).products
+    assert found == pytest.approx(flops / (0.5 * device.flops_per_second["fp32"]), rel=1e-6)
+
+
+def test_what_costs_time_costs_time() -> None:
+    plain = seconds(work(zero_stage=0))
+    assert seconds(with_policy(work(), "layer")).recomputation > seconds(with_policy(work(), "selective")).recomputation
+    assert seconds(with_policy(work(), "selective")).recomputation > plain.recomputation == 0.0
+    assert seconds(work(tensor=2)).tensor > plain.tensor == 0.0
+    assert seconds(work(data=2)).data > plain.data == 0.0
+    assert seconds(work(data=2, zero_stage=3)).optimizer < seconds(work(data=2, zero_stage=0)).optimizer
+    assert seconds(work(pipeline=2)).pipeline > plain.pipeline == 0.0
+
+
+def test_nodes_apart_are_slower() -> None:
+    far = seconds(work(data=16))
+    assert far.data > seconds(work(data=16), replace(CLUSTER, devices_per_node=16)).data
+
+
+def test_the_bubble_shrinks_with_micro_batches() -> None:
+    """Equal stages: (P - 1) / (M + P - 1)."""
+    alone, balance = stage_balance(work(count=1, pipeline=2))
+    many, same = stage_balance(work(count=100, pipeline=2))
+    assert balance == same <= 1.0
+    assert many < alone
+    assert stage_balance(work(count=4)) == (pytest.approx(0.0), 1.0)
+    ratio = balance * 2  # both stages' work over that of the slowest
+    assert alone == pytest.approx(1 - balance / ratio)
+
+
+def test_the_search_finds_only_what_is_allowed_and_fits() -> None:
+    training = Training(MODEL, 8, "bf16", decays_all=True)
+    found = search(training, CLUSTER, 4)
+    times = [plan.time.total for plan in found.plans]
+    assert times == sorted(times)
+    assert {plan.work.parallel.world_size for plan in found.plans} == {4}
+    assert all(plan.work.parallel.zero_stage for plan in found.plans)
+    assert any("zero_stage=0" in reason for reason in found.refused)
+    assert all(plan == evaluate(plan.work, CLUSTER) for plan in found.plans[:3])
+    small = Cluster(CLUSTER.device.model_copy(update={"memory_gib": 1e-4, "reserved_gib": 0.0}), 8, None)
+    nothing = search(training, small, 4)
+    assert not nothing.plans
+    assert nothing.smallest is not None

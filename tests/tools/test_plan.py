@@ -1,0 +1,100 @@
+"""tools/plan.py as a user starts it: tables, YAML, choices between models, calibration, and mistakes in one line."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.tools.outcomes import Script
+from train.config_file import load_config
+
+ROOT = Path(__file__).resolve().parents[2]
+PAPER = ROOT / "configs" / "paper"
+LARGE, SMALL = PAPER / "block_main_b4_1.2b.yaml", PAPER / "block_main_b4_5.yaml"
+
+
+@pytest.fixture
+def plan(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Script:
+    return Script(ROOT / "tools" / "plan.py", monkeypatch, capsys)
+
+
+def test_a_plan_is_a_configuration_that_can_run(plan: Script) -> None:
+    outcome = plan(LARGE, "--gpus", 8, "--gpu", "a100-40g", "--explain", "--top", 2)
+    assert outcome.status == 0
+    assert outcome.output.count("\n| ") == 3  # the header and two layouts
+    assert "activations" in outcome.output
+    snippet = yaml.safe_load(outcome.output[outcome.output.index("parallel:") :])
+    overrides = [f"{section}.{name}={value}" for section, fields in snippet.items() for name, value in fields.items()]
+    config = load_config(LARGE, overrides)
+    assert config.parallel.world_size == 8
+
+
+def test_layouts_as_json_are_best_first(plan: Script) -> None:
+    found = json.loads(plan(SMALL, "--gpus", 2, "--json", "--top", 5, "--tokens", 1e9).output)
+    hours = [one["hours"] for one in found]
+    assert hours == sorted(hours)
+    best = found[0]
+    assert best["gpu_hours"] == pytest.approx(2 * best["hours"])
+    assert best["hours"] == pytest.approx(1e9 / best["tokens_per_second"] / 3600)
+    assert best["memory_bytes"]["total"] == pytest.approx(sum(best["memory_bytes"].values()) / 2)
+
+
+def test_which_model_for_two_budgets(plan: Script) -> None:
+    models = [PAPER / f"{name}.yaml" for name in ("block_main_b4_5", "block_main_b4_85", "vanilla_70")]
+    budgets = ("--train-budget", "2.5e20FLOP", "--inference-budget", "2e9FLOP")
+    outcome = plan(*models, "--gpus", 1, *budgets)
+    assert outcome.output.endswith("lowest loss within the budgets: block_main_b4_85\n")
+    poorer = plan(*models, "--gpus", 1, "--train-budget", "1.2e20FLOP", "--losses", "block_main_b4_5=2.1")
+    assert poorer.output.endswith("lowest loss within the budgets: block_main_b4_5\n")
+    assert "not training" in poorer.output
+
+
+def test_calibration(plan: Script, tmp_path: Path) -> None:
+    record = {
+        "limits": {"device": "CPU", "dtype": "float32", "flops_per_second": 1e11, "bytes_per_second": 2e10},
+        "results": [
+            {
+                "name": "block_main_b4_5 train.micro_batch_size=2",
+                "layout": {"zero_stage": 1},
+                "tokens": 2 * 2048,
+                "step_seconds": [2.0, 2.1, 2.2],
+            }
+        ],
+    }
+    (tmp_path / "train_step.json").write_text(json.dumps(record))
+    constants = tmp_path / "constants.yaml"
+    outcome = plan("--calibrate", tmp_path / "train_step.json", "--gpu", "cpu", "--output", constants)
+    assert outcome.status == 0, outcome.errors
+    assert "fitted cpu to 1 measured steps" in outcome.output
+    found = json.loads(plan(SMALL, "--gpus", 1, "--constants", constants, "--json").output)
+    assert found
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "no CONFIG is given"),
+        ((SMALL,), "--gpus is missing"),
+        (
+            (PAPER / "block_main_b4_6.9b.yaml", "--gpus", 1, "--gpu", "a100-40g"),
+            "no layout of 1 x a100-40g fits: .* of",
+        ),
+        ((SMALL, "--gpus", 16, "--network", "nvlink-only"), "--network=nvlink-only has no way between nodes"),
+        (
+            (SMALL, "--gpus", 1, "--train-budget", "5"),
+            "--train-budget=5 is not a positive number with one of the units",
+        ),
+        ((SMALL, "--gpus", 1, "--losses", "x"), "--losses x is not NAME=LOSS"),
+        ((SMALL, SMALL, "--gpus", 1), "two of .* have the same name"),
+        ((SMALL, "--gpus", 1, "--constants", "none.yaml"), "--constants none.yaml cannot be read"),
+        (("--calibrate", "none.json"), "--calibrate needs --output"),
+        ((SMALL, "--gpus", 1, "--tokens", 0), "--tokens=0 is not positive"),
+    ],
+)
+def test_mistakes(plan: Script, arguments: tuple[object, ...], message: str) -> None:
+    outcome = plan(*arguments)
+    assert outcome.status == 2
+    (line,) = [line for line in outcome.errors if line.startswith("error: ")]
+    assert re.search(message, line), line
