@@ -120,8 +120,8 @@ class ShardedScorer:
             yield _Call(taken, -(-len(taken) // (data_size * rows)), rows, slots)
 
     def _slots(self, text: PlacedText) -> int:
-        """Length of the batch for a text: whole blocks, as many as divide under sequence parallelism, and not any."""
-        divisor = self._parallel.tensor if self._parallel.sequence_parallel else 1
+        """Length of the batch for a text: whole blocks, as many as divide where ranks have some each, and not any."""
+        divisor = self._parallel.tensor if self._parallel.splits_rows else 1
         units, longest = (
             -(-self.layout.padded_length(tokens) // (self.layout.block_length * divisor))
             for tokens in (len(text.token_ids), self.layout.max_tokens)

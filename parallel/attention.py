@@ -63,8 +63,8 @@ class LocalHeads:
         shares_group: the second case.
     """
 
-    def __init__(self, stack: DecoderConfig) -> None:
-        size = parallel_state.get_tensor_model_parallel_world_size()
+    def __init__(self, stack: DecoderConfig, megatron: TransformerConfig) -> None:
+        size = megatron.tensor_model_parallel_size
         self._stack = stack
         self._ranks_per_group = size // stack.key_value_heads
         self.shares_group = size > stack.key_value_heads
@@ -103,7 +103,7 @@ class SelfAttention(nn.Module):
         super().__init__()
         self.sequence_first = sequence_first
         self.stack = stack
-        self.local = LocalHeads(stack)
+        self.local = LocalHeads(stack, megatron)
         self.rotary_size = int(stack.head_size * backbone.rotary_fraction)
         self.rotary_base = backbone.rotary_base
         self.query_key_value = self.local.fused(
@@ -171,7 +171,7 @@ class CrossAttention(nn.Module):
     def __init__(self, stack: DecoderConfig, backbone: BackboneConfig, megatron: TransformerConfig) -> None:
         super().__init__()
         self.stack = stack
-        self.local = LocalHeads(stack)
+        self.local = LocalHeads(stack, megatron)
         biases = backbone.bias != "none"
         self.query = column_parallel(stack.hidden_size, stack.attention_size, megatron, bias=biases)
         self.key_value = self.local.fused(stack.hidden_size, 0, megatron, bias=biases)

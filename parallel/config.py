@@ -187,6 +187,11 @@ class ParallelConfig(BaseModel):
     sequence_parallel: bool = Field(
         default=False, description="Shard norms and residuals over the tensor-parallel group along blocks or positions."
     )
+    block_parallel: bool = Field(
+        default=False,
+        description="Spread the token decoder's blocks, not its matrices, over the tensor-parallel group: nothing is "
+        "sent in its forward pass, but every process holds it whole.",
+    )
     zero_stage: Literal[0, 1, 2, 3] = Field(
         default=1,
         description="DeepSpeed ZeRO: 0 replicates; 1 shards the optimizer; 2 also gradients; 3 also parameters.",
@@ -209,12 +214,18 @@ class ParallelConfig(BaseModel):
         """Number of processes the layout needs."""
         return self.tensor * self.pipeline * self.data
 
+    @property
+    def splits_rows(self) -> bool:
+        """Whether tensor-parallel ranks have some blocks (positions) each in some of the pieces."""
+        return self.sequence_parallel or self.block_parallel
+
     def data_rank(self, rank: int) -> int:
         """The data-parallel rank of a process: ranks count tensor-parallel ranks first, then data-parallel ones."""
         return rank // self.tensor % self.data
 
     def __str__(self) -> str:
         sequence = " + sequence parallel" if self.sequence_parallel else ""
+        sequence += " + block parallel" if self.block_parallel else ""
         return f"tensor {self.tensor}{sequence} x pipeline {self.pipeline} x data {self.data}, ZeRO {self.zero_stage}"
 
     @field_validator("activation_checkpointing", mode="before")
@@ -241,6 +252,8 @@ class ParallelConfig(BaseModel):
     def _supported(self) -> Self:
         if self.sequence_parallel and self.tensor == 1:
             raise ValueError("sequence_parallel=true needs tensor > 1; set sequence_parallel=false")
+        if self.block_parallel and self.tensor == 1:
+            raise ValueError("block_parallel=true needs tensor > 1; set block_parallel=false")
         if self.zero_stage == 3 and self.pipeline > 1:
             raise ValueError(
                 f"zero_stage=3 cannot be combined with pipeline={self.pipeline}; "
@@ -261,7 +274,9 @@ def check_layout(model: ModelConfig, parallel: ParallelConfig) -> None:
         raise ValueError(
             f"model.vocab_size={model.vocab_size} is not a multiple of parallel.tensor={tensor}; pad it to {padded}"
         )
-    for stack in model.stacks:
+    if parallel.block_parallel:
+        _check_block_parallel(model)
+    for stack in model.stacks[:-1] if parallel.block_parallel else model.stacks:
         _check_split("num_attention_heads", stack.num_attention_heads, tensor)
         if tensor % stack.key_value_heads:  # fewer heads than ranks: ranks share one
             _check_split("num_key_value_heads", stack.key_value_heads, tensor)
@@ -270,9 +285,10 @@ def check_layout(model: ModelConfig, parallel: ParallelConfig) -> None:
         _check_split("embedder.encoder.num_attention_heads", model.embedder.roberta.num_attention_heads, tensor)
         _check_split("embedder.encoder.ffn_hidden_size", model.embedder.roberta.stack.feed_forward_size, tensor)
     units = model.sequence_length // model.unit_length
-    if parallel.sequence_parallel and units % tensor:
+    if parallel.splits_rows and units % tensor:
+        field = "sequence_parallel" if parallel.sequence_parallel else "block_parallel"
         raise ValueError(
-            f"parallel.sequence_parallel=true splits {units} {'blocks' if model.is_block else 'positions'} "
+            f"parallel.{field}=true splits {units} {'blocks' if model.is_block else 'positions'} "
             f"over parallel.tensor={tensor}, which does not divide; change model.sequence_length"
         )
     _check_pipeline(model, parallel)
@@ -295,6 +311,19 @@ def check_precision(parallel: ParallelConfig, precision: str) -> None:
         raise ValueError(
             "parallel.zero_stage=2 under a pipeline would accumulate bf16 gradients in bf16; "
             "use parallel.zero_stage=1 or train.precision=fp32"
+        )
+
+
+def _check_block_parallel(model: ModelConfig) -> None:
+    if not model.is_block:
+        raise ValueError(
+            "parallel.block_parallel=true spreads the blocks of a token decoder, and model.architecture=vanilla has "
+            "none; set it to false"
+        )
+    if model.tie_word_embeddings:
+        raise ValueError(
+            "parallel.block_parallel=true needs the token decoder's whole table on every process, but "
+            "model.tie_word_embeddings=true makes it the head's, which is split; set one of them to false"
         )
 
 

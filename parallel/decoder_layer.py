@@ -20,18 +20,15 @@ class DecoderLayer(nn.Module):
         config: the model.
         megatron: Megatron-core's settings.
         is_local: the layer is the token decoder's: attention inside each block.
-        recompute: activation checkpointing by layer; other policies are set afterwards.
-
-    Attributes:
         policy: what the forward pass keeps for the backward pass.
     """
 
-    def __init__(self, config: ModelConfig, megatron: TransformerConfig, is_local: bool, recompute: bool) -> None:
+    def __init__(self, config: ModelConfig, megatron: TransformerConfig, is_local: bool, policy: Policy) -> None:
         super().__init__()
         self.stack = config.tokens if is_local else config.blocks if config.is_block else config.vanilla
         backbone = config.backbone
         self.is_local = is_local
-        self.policy: Policy = "layer" if recompute else "none"
+        self.policy = policy
         self.is_parallel = backbone.residual == "parallel"
         self.attention_norm = build_norm(self.stack.hidden_size, backbone, megatron)
         self.attention = SelfAttention(self.stack, backbone, megatron, sequence_first=not is_local)
@@ -63,8 +60,8 @@ class CrossAttentionLayer(DecoderLayer):
     [rows, T + L, D] -> [rows, T + L, D]; the last L vectors stay as they are.
     """
 
-    def __init__(self, config: ModelConfig, megatron: TransformerConfig, recompute: bool) -> None:
-        super().__init__(config, megatron, is_local=True, recompute=recompute)
+    def __init__(self, config: ModelConfig, megatron: TransformerConfig, policy: Policy) -> None:
+        super().__init__(config, megatron, is_local=True, policy=policy)
         self.num_context_vectors = config.num_context_vectors
         self.cross_attention_norm = build_norm(self.stack.hidden_size, config.backbone, megatron)
         self.cross_attention = CrossAttention(self.stack, config.backbone, megatron)

@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+import torch.distributed
 import torch.nn.functional as F
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel import (
@@ -17,6 +18,16 @@ from megatron.core.transformer import TransformerConfig
 from torch import Tensor, nn
 
 from parallel.products import linear, uses_onednn
+
+
+def tensor_group(megatron: TransformerConfig) -> torch.distributed.ProcessGroup:
+    """The processes that share a layer's matrices: the tensor-parallel group, or this process alone."""
+    if megatron.tensor_model_parallel_size > 1:
+        group: torch.distributed.ProcessGroup = parallel_state.get_tensor_model_parallel_group()
+        return group
+    # There is no context parallelism, so its groups hold one process each.
+    alone: torch.distributed.ProcessGroup = parallel_state.get_context_parallel_group()
+    return alone
 
 
 def _no_initialization(weight: Tensor) -> None:
@@ -85,7 +96,7 @@ def column_parallel(
         bias=bias,
         gather_output=False,
         skip_weight_param_allocation=not own_weight,
-        tp_group=parallel_state.get_tensor_model_parallel_group(),
+        tp_group=tensor_group(megatron),
     )
     if own_weight:
         mark_split(layer.weight, axis=0)
@@ -102,7 +113,7 @@ def row_parallel(inputs: int, outputs: int, megatron: TransformerConfig, bias: b
         bias=bias,
         input_is_parallel=True,
         skip_bias_add=False,
-        tp_group=parallel_state.get_tensor_model_parallel_group(),
+        tp_group=tensor_group(megatron),
     )
     mark_split(layer.weight, axis=1)
     return layer
@@ -159,7 +170,7 @@ class TokenEmbedding(VocabParallelEmbedding):
             init_method=_no_initialization,
             reduce_scatter_embeddings=megatron.sequence_parallel,
             config=megatron,
-            tp_group=parallel_state.get_tensor_model_parallel_group(),
+            tp_group=tensor_group(megatron),
         )
         mark_split(self.weight, axis=0)
 

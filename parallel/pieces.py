@@ -13,6 +13,7 @@ from collections.abc import Callable
 from megatron.core.transformer import TransformerConfig
 from torch import Tensor, nn
 
+from parallel.checkpointing import Policy
 from parallel.config import ModelConfig
 from parallel.decoder_layer import CrossAttentionLayer, DecoderLayer
 from parallel.embedders import build_embedder
@@ -49,20 +50,20 @@ class BlockOutput(nn.Module):
         return context
 
 
-def build_piece(name: str, config: ModelConfig, megatron: TransformerConfig, recompute: bool) -> nn.Module:
+def build_piece(name: str, config: ModelConfig, megatron: TransformerConfig, policy: Policy = "none") -> nn.Module:
     """Builds one piece by name; weights are left uninitialized.
 
     Args:
         name: one of piece_names(config).
         config: the model.
         megatron: Megatron-core's settings of the parallel layers.
-        recompute: activation checkpointing of decoder layers.
+        policy: activation checkpointing, if it is a decoder layer.
     """
     if ".layers." in name:
         is_local = name.startswith("token_decoder")
         if is_local and config.has_cross_attention:
-            return CrossAttentionLayer(config, megatron, recompute)
-        return DecoderLayer(config, megatron, is_local, recompute)
+            return CrossAttentionLayer(config, megatron, policy)
+        return DecoderLayer(config, megatron, is_local, policy)
     pieces: dict[str, Callable[[ModelConfig, TransformerConfig], nn.Module]] = {
         "embedder": build_embedder,
         "vanilla.input": VanillaInput,

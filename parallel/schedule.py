@@ -58,7 +58,10 @@ def masked_loss(token_loss: Tensor, valid: Tensor) -> Tensor:
 
 def boundary_shape(config: ModelConfig, parallel: ParallelConfig, name: str, batch_shape: Shape) -> Shape:
     """Shape of the hidden states that enter the piece `name`, for token ids of a shape [B, S]."""
-    divisor = parallel.tensor if parallel.sequence_parallel else 1
+    splits_rows = parallel.sequence_parallel
+    if name.startswith("token_decoder") and name != "token_decoder.input":
+        splits_rows = splits_rows or parallel.block_parallel
+    divisor = parallel.tensor if splits_rows else 1
     sequences, length = batch_shape
     units = length // config.unit_length
     if not config.is_block:

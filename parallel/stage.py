@@ -8,11 +8,18 @@ from megatron.core.enums import ModelType
 from megatron.core.transformer import TransformerConfig
 from torch import Tensor, nn
 
+from parallel.block_parallel import (
+    holds_own_blocks,
+    mark_replicated,
+    own_blocks,
+    own_inputs,
+    undivided,
+    with_gathered_input,
+)
 from parallel.checkpointing import Policy
 from parallel.config import ModelConfig, ParallelConfig
 from parallel.costs import pipeline_split
 from parallel.cpu_adaptation import compute_device
-from parallel.decoder_layer import DecoderLayer
 from parallel.initialization import initialize_weights
 from parallel.inputs import MicroBatch, ModelInputs, prepare_inputs
 from parallel.output_head import OutputHead, tie_head
@@ -73,17 +80,25 @@ class Stage(nn.Module):
         rank = coordinates().pipeline_rank if pipeline_rank is None else pipeline_rank
         self.model_config = model
         self.config = megatron_config(model, parallel, dtype)
+        self.block_parallel = parallel.block_parallel
         self.model_type = ModelType.encoder_or_decoder
         self.names = [cost.name for cost in pipeline_split(model, parallel.pipeline)[rank]]
         for name in self.names:
-            _register(self, name, build_piece(name, model, self.config, recompute=False))
-            layer = self.piece(name)
-            if isinstance(layer, DecoderLayer):
-                layer.policy = _policy(name, parallel, policies)
+            _register(self, name, self._build(name, _policy(name, parallel, policies)))
         if model.tied_pieces and model.tied_pieces[1] in self.names:
             first, last = model.tied_pieces
             tie_head(self.piece(last), self.piece(first))
         self._input: Tensor | None = None
+
+    def _build(self, name: str, policy: Policy) -> nn.Module:
+        megatron = self.config
+        if self.block_parallel and holds_own_blocks(name):
+            piece = build_piece(name, self.model_config, undivided(megatron), policy)
+            mark_replicated(piece)
+            return piece
+        if self.block_parallel and name == "token_decoder.output":
+            megatron = with_gathered_input(megatron)
+        return build_piece(name, self.model_config, megatron, policy)
 
     def piece(self, name: str) -> nn.Module:
         """The piece of that name."""
@@ -100,8 +115,12 @@ class Stage(nn.Module):
 
     def run(self, hidden: Tensor | None, inputs: ModelInputs, names: Sequence[str] | None = None) -> Tensor:
         """Runs the named pieces of this stage, by default all, on prepared inputs."""
+        own = own_inputs(inputs) if self.block_parallel else inputs
         for name in self.names if names is None else names:
-            hidden = self.piece(name)(hidden, inputs)
+            if name == "token_decoder.input" and self.block_parallel and not self.config.sequence_parallel:
+                assert hidden is not None
+                hidden = own_blocks(hidden)
+            hidden = self.piece(name)(hidden, own if holds_own_blocks(name) else inputs)
         assert hidden is not None
         return hidden
 
@@ -116,8 +135,9 @@ class Stage(nn.Module):
 
 
 def _policy(name: str, parallel: ParallelConfig, policies: Mapping[str, Policy] | None) -> Policy:
+    """What a piece keeps for backward; only decoder layers heed it."""
     if policies is not None:
-        return policies[name]
+        return policies.get(name, "none")
     assert parallel.activation_checkpointing != "budget", "a budget needs the policies of parallel.planning.policies"
     return parallel.activation_checkpointing
 

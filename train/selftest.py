@@ -267,6 +267,12 @@ def _variant_cases() -> list[Case]:
         ),
         *(_case(f"TP2 + sequence parallel, {name}", tensor=2, sequence=True, model=name) for name in SEQUENCE_PARALLEL),
         _case("TP2, Qwen3", tensor=2, model="Qwen3"),
+        _case("TP2 + block parallel", tensor=2, blocks=True),
+        _case("TP2 + block parallel, ZeRO 2", tensor=2, zero=2, blocks=True),
+        _case("TP2 + sequence and block parallel", tensor=2, sequence=True, blocks=True),
+        _case("TP2 + block parallel, cross-attention", tensor=2, blocks=True, model="cross-attention"),
+        _case("TP2 x PP2 + block parallel", tensor=2, pipeline=2, blocks=True),
+        _case("TP2 x DP2 + block parallel, ZeRO 3", tensor=2, data=2, zero=3, blocks=True),
         _case("TP2, ZeRO 3, Qwen2, tied", tensor=2, zero=3, model="Qwen2, tied"),
         *(_case(f"PP2, {name}", pipeline=2, model=name) for name in VARIANTS if name not in UNPIPELINED),
         _case("TP2 x PP2, cross-attention", tensor=2, pipeline=2, model="cross-attention"),
@@ -283,6 +289,7 @@ def _case(
     sequence: bool = False,
     checkpointing: Literal["none", "selective", "layer", "budget"] = "none",
     memory_gib: float | None = None,
+    blocks: bool = False,
     **options: Any,
 ) -> Case:
     parallel = ParallelConfig(
@@ -293,6 +300,7 @@ def _case(
         sequence_parallel=sequence,
         activation_checkpointing=checkpointing,
         activation_memory_gib=memory_gib,
+        block_parallel=blocks,
     )
     return Case(name, parallel, **options)
 

@@ -33,7 +33,7 @@ def token_states(vanilla: WeightSource, num_layers: int) -> Tensor:
     ids = torch.arange(model.vocab_size)[:, None]
     states: Tensor = vanilla.read("vanilla.input.embedding.weight")
     for name in piece_names(model)[1 : num_layers + 1]:
-        piece = build_piece(name, model, megatron, recompute=False)
+        piece = build_piece(name, model, megatron)
         fill_piece(piece, name, vanilla.read)
         piece.eval().to(compute_device())
         for chunk in torch.arange(model.vocab_size).split(CHUNK):

@@ -30,10 +30,10 @@ def piecewise_logits(model: ModelConfig, read: Callable[[str], Tensor], token_id
     *names, last = piece_names(model)
     hidden: Tensor = token_ids  # the first piece does not read it
     for name in names:
-        piece = build_piece(name, model, megatron, recompute=False)
+        piece = build_piece(name, model, megatron)
         fill_piece(piece, name, read)
         hidden = piece.eval().to(token_ids.device)(hidden, inputs)
-    output = build_piece(last, model, megatron, recompute=False)
+    output = build_piece(last, model, megatron)
     assert isinstance(output, OutputHead)
     fill_piece(output, last, read)
     if model.tied_pieces:
