@@ -47,6 +47,8 @@ def test_model_settings_that_do_not_fit(changes: dict[str, Any], message: str) -
         ("RoBERTa", {"tensor": 4}, "embedder.encoder.num_attention_heads=2 is not a multiple of parallel.tensor=4"),
         ("Qwen2, tied", {"pipeline": 4}, "parallel.pipeline=4 would part .*use at most 3, or untie"),
         ("vanilla Qwen2, tied", {"pipeline": 2}, "parallel.pipeline=2 would part .*use at most 1, or untie"),
+        ("vanilla", {"tensor": 2, "block_parallel": True}, "block_parallel=true .*architecture=vanilla has none"),
+        ("Qwen2, tied", {"tensor": 2, "block_parallel": True}, "block_parallel=true .*tie_word_embeddings=true"),
     ],
 )
 def test_layouts_that_do_not_fit(name: str, layout: dict[str, int], message: str) -> None:
@@ -54,6 +56,18 @@ def test_layouts_that_do_not_fit(name: str, layout: dict[str, int], message: str
     models = {**MODELS, "grouped": model(block_decoder=grouped)}
     with pytest.raises(ValueError, match=message):
         check_layout(models[name], ParallelConfig(**layout))  # type: ignore[arg-type]
+
+
+def test_undivided_token_decoder_may_have_any_width() -> None:
+    config = model(token_decoder={"num_layers": 1, "hidden_size": 33, "num_attention_heads": 3})
+    with pytest.raises(ValueError, match="num_attention_heads=3"):
+        check_layout(config, ParallelConfig(tensor=2))
+    check_layout(config, ParallelConfig(tensor=2, block_parallel=True))
+
+
+def test_block_parallel_needs_a_group() -> None:
+    with pytest.raises(ValueError, match="block_parallel=true needs tensor > 1"):
+        ParallelConfig(block_parallel=True)
 
 
 def test_lengths_follow_the_way_the_context_is_read() -> None:
