@@ -7,6 +7,7 @@ import torch
 from megatron.core.enums import ModelType
 from megatron.core.transformer import TransformerConfig
 from torch import Tensor, nn
+from torch.profiler import record_function
 
 from parallel.block_parallel import (
     holds_own_blocks,
@@ -120,7 +121,8 @@ class Stage(nn.Module):
             if name == "token_decoder.input" and self.block_parallel and not self.config.sequence_parallel:
                 assert hidden is not None
                 hidden = own_blocks(hidden)
-            hidden = self.piece(name)(hidden, own if holds_own_blocks(name) else inputs)
+            with record_function(name):
+                hidden = self.piece(name)(hidden, own if holds_own_blocks(name) else inputs)
         assert hidden is not None
         return hidden
 

@@ -70,6 +70,12 @@ class TrainConfig(BaseModel):
         default=None, ge=1, description="Threads per process on CPU; default: the machine's cores / local processes."
     )
 
+    profile: bool = Field(
+        default=False,
+        description="Write a trace of two steps for TensorBoard and Perfetto, and the use of memory, to "
+        "`tensorboard/profile` in the run's folder.",
+    )
+
     @property
     def last_step(self) -> int:
         """The step after which the run is complete."""

@@ -36,6 +36,7 @@ CHANGEABLE = (
     "train.stop_step",
     "train.micro_batch_size",
     "train.cpu_threads",
+    "train.profile",
     "validation.",
     "tasks.",
     "checkpoint.",

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from enum import Enum
 
 import torch
+from torch.profiler import record_function
 
 from checkpoints.engine_state import load_master_weights, load_optimizer, load_weights
 from checkpoints.fragments import FragmentReader
@@ -26,6 +27,7 @@ from train.hang_guard import HangGuard
 from train.initial_weights import initial_weights
 from train.metrics import MeanLoss, agree, gather_bad_shards, mean_loss
 from train.monitor import Monitor
+from train.profiling import StepProfiler
 from train.rank_zero import on_rank_zero
 from train.requests import Request, Requests
 from train.run_directory import RunDirectory
@@ -105,6 +107,7 @@ class Trainer:
         self.meter = SpeedMeter(config.model, config.parallel.world_size)
         self.monitor = self._monitor() if place.rank == 0 else None
         self._first_step = self.progress.step + 1
+        self.profiler = StepProfiler(self.directory.tensorboard / "profile", place, config.train.profile)
         self._failed_saves = 0
         if place.rank == 0:
             self.attempt = self._new_attempt()
@@ -205,22 +208,28 @@ class Trainer:
         self.guard.progress()
         self.meter.start_step()
         position = self._next_position()
-        batches = self._read(position)
+        with record_function("data"):
+            batches = self._read(position)
         empty = self.stream.take_empty_sequences()
         self.meter.data_ready()
         if self.progress.step + 1 == self._first_step:
             self.clock.reached("first_batch")
-        agreed = agree(self.engine.accumulate(batches), self.requests.pending(), empty)
+        with record_function("forward and backward"):
+            sums = self.engine.accumulate(batches)
+        agreed = agree(sums, self.requests.pending(), empty)
         loss, request = mean_loss(agreed.sums), agreed.request
         verdict, problem = self.watch.judge(loss)
         if verdict is Verdict.ROLL_BACK:
             self._roll_back(position, str(problem))
             return request
         rate = learning_rate(config.optimizer, self.progress.step + 1, config.train.steps)
-        update = self._update(loss, verdict, rate)
+        with record_function("optimizer"):
+            update = self._update(loss, verdict, rate)
         self.meter.end_step(config.tokens_per_step)
         self._advance(position, loss, update, agreed.empty_sequences)
-        self._report(loss, rate, update.gradient_norm, problem)
+        with record_function("logging"):
+            self._report(loss, rate, update.gradient_norm, problem)
+        self.profiler.step()
         self.after_step(self.progress.step)
         return request
 
@@ -392,6 +401,7 @@ class Trainer:
         self.watch.saved(self.progress.step)
 
     def _close(self) -> None:
+        self.profiler.close()
         if self.monitor is not None:
             self.monitor.close()
         self.checkpoints.wait()
