@@ -25,16 +25,16 @@ class Cluster:
             return self.device.link_bytes_per_second, self.device.link_latency
         return self.network.bytes_per_second * self.network.efficiency, self.network.latency
 
-    def all_gather(self, size: float, members: int, span: int) -> float:
-        """Seconds in which every member has all of `size` bytes, or, of a reduce-scatter, its sums."""
+    def all_reduce(self, size: float, members: int, span: int) -> float:
+        """Seconds of a sum of `size` bytes over all members: each sends twice the others' parts."""
         if members == 1:
             return 0.0
         rate, latency = self._link(span)
-        return (members - 1) * (size / members / rate + latency)
+        return 2.0 * (members - 1) * (size / members / rate + latency)
 
-    def all_reduce(self, size: float, members: int, span: int) -> float:
-        """Seconds of a sum of `size` bytes over all members."""
-        return 2.0 * self.all_gather(size, members, span)
+    def all_gather(self, size: float, members: int, span: int) -> float:
+        """Seconds in which every member has all of `size` bytes, or, of a reduce-scatter, its part of the sums."""
+        return self.device.gather_cost * self.all_reduce(size, members, span)
 
     def send(self, size: float, span: int) -> float:
         """Seconds of a message between two processes."""

@@ -143,14 +143,14 @@ def _tensor_seconds(work: Workload, cluster: Cluster, piece: str, policy: Policy
     if tensor == 1:
         return 0.0
     size = work.positions(piece) * work.stack(piece).hidden_size * work.value_bytes
-    one = cluster.all_reduce(size, tensor, tensor)
+    gather = cluster.all_gather(size, tensor, tensor)
+    one = 2.0 * gather if work.parallel.sequence_parallel else cluster.all_reduce(size, tensor, tensor)
     if ".layers." not in piece:
         return 0.0 if piece in ("block_decoder.output", "token_decoder.input") else 2.0 * one
     sublayers = 3 if work.model.has_cross_attention and piece.startswith("token_decoder") else 2
     sums = 2.0 * sublayers + (0.0 if policy == "none" else sublayers - 1.0)
     # Sequence parallelism sums in two halves, and gathers each sublayer's input once more in its backward pass.
-    again = 0.5 * sublayers if work.parallel.sequence_parallel else 0.0
-    return (sums + again) * one
+    return sums * one + (sublayers * gather if work.parallel.sequence_parallel else 0.0)
 
 
 def _messages(work: Workload, cluster: Cluster) -> float:

@@ -372,8 +372,8 @@ MUTATIONS = (
     Mutation(
         "the planner counts one half of an all-reduce",
         "parallel/planning/communication.py",
-        "return 2.0 * self.all_gather(size, members, span)",
-        "return self.all_gather(size, members, span)",
+        "return 2.0 * (members - 1) * (size / members / rate + latency)",
+        "return (members - 1) * (size / members / rate + latency)",
         "tests/parallel/planning/test_step_time.py::test_rings",
     ),
 )
