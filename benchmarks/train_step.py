@@ -32,7 +32,7 @@ from parallel.errors import ConfigurationError
 from slurm.identity import free_port
 from tools.command_line import make_output_folder, positive, run
 from train.config import REPOSITORY, RunConfig
-from train.config_file import config_text, load_config
+from train.config_file import load_config
 from train.throughput import BACKWARD_FACTOR
 
 WORKER = Path(__file__).with_name("train_step_worker.py")
@@ -65,7 +65,9 @@ class Processes:
     def __init__(self, candidate: Candidate, threads: int) -> None:
         world = candidate.config.parallel.world_size
         port = free_port()
-        command = [sys.executable, str(WORKER), str(candidate.root), config_text(candidate.config)]
+        # Without defaults: an older version does not know newer fields.
+        values = candidate.config.model_dump_json(exclude_defaults=True)
+        command = [sys.executable, str(WORKER), str(candidate.root), values]
         self._processes = []
         for rank in range(world):
             place = {

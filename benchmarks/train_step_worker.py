@@ -19,7 +19,6 @@ warnings.filterwarnings("ignore", module=r"megatron\.core")
 
 import torch
 import torch.distributed
-import yaml
 
 from parallel.cpu_adaptation import compute_device
 from parallel.device_limits import synchronize
@@ -94,7 +93,7 @@ class Subject:
 
 
 def main() -> None:
-    """Argument 2 is the run as YAML; each line of input names a method of Subject, whose result is answered as JSON."""
+    """Argument 2 is the run as JSON; each line of input names a method of Subject, whose result is answered as JSON."""
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     identity = ProcessIdentity(rank, world_size, rank, world_size, "127.0.0.1", int(os.environ["MASTER_PORT"]))
     prepare_process(identity, int(os.environ["OMP_NUM_THREADS"]))
@@ -102,7 +101,7 @@ def main() -> None:
     os.dup2(2, 1)  # what libraries print must not get among the answers
     start_process_group()
     before = peak_memory_bytes()
-    subject = Subject(RunConfig.model_validate(yaml.safe_load(sys.argv[2])))
+    subject = Subject(RunConfig.model_validate_json(sys.argv[2]))
     commands: dict[str, Callable[[], Any]] = {"step": subject.step, "components": subject.components}
     print(json.dumps({"imports_bytes": before}), file=answers, flush=True)
     for line in sys.stdin:
