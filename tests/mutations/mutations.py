@@ -100,7 +100,7 @@ MUTATIONS = (
     ),
     Mutation(
         "prefix positions off by one (the first token predicted one position early)",
-        "parallel/pieces.py",
+        "parallel/output_head.py",
         "first = config.leading_positions - 1",
         "first = config.leading_positions - 2",
         GOLDEN + "[main_prefix_b4-nopad]",
@@ -293,7 +293,7 @@ MUTATIONS = (
     ),
     Mutation(
         "each tensor-parallel rank takes its own largest logit for the most likely token",
-        "parallel/pieces.py",
+        "parallel/linear_cross_entropy.py",
         "torch.where(largest == overall, ids, torch.iinfo(torch.int64).max)",
         "torch.where(largest == largest, ids, torch.iinfo(torch.int64).max)",
         "tests/evaluation/test_sharded_scorer.py::test_every_layout_scores_as_one_process",
@@ -375,5 +375,26 @@ MUTATIONS = (
         "return 2.0 * (members - 1) * (size / members / rate + latency)",
         "return (members - 1) * (size / members / rate + latency)",
         "tests/parallel/planning/test_step_time.py::test_rings",
+    ),
+    Mutation(
+        "the head forgets that a target's own logit has another gradient",
+        "parallel/linear_cross_entropy.py",
+        "-is_here[:, None].to(probabilities.dtype)",
+        "-0.0 * is_here[:, None].to(probabilities.dtype)",
+        "tests/parallel/test_linear_cross_entropy.py::test_losses_and_gradients",
+    ),
+    Mutation(
+        "short blocks attend to later tokens",
+        "parallel/attend.py",
+        "-math.inf).triu(1)",
+        "-math.inf).triu(2)",
+        "tests/parallel/test_attend.py::test_attention_and_gradients",
+    ),
+    Mutation(
+        "gradients of a token decoder with blocks of its own stay on their rank",
+        "parallel/block_parallel.py",
+        "parameter.sequence_parallel = True",
+        "parameter.sequence_parallel = False",
+        VARIANTS,
     ),
 )
