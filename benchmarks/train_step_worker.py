@@ -30,7 +30,9 @@ from train.monitor import peak_memory_bytes
 from train.process import ProcessIdentity, prepare_process
 from train.step import StepEngine
 
-COMPONENTS = importlib.import_module("step_components")  # of this folder: another version may not have it
+# Of this folder: another version may not have them.
+COMPONENTS = importlib.import_module("step_components")
+SURROUNDINGS = importlib.import_module("step_surroundings")
 YARDSTICK = 2048  # rows and columns of the product that is timed before and after each step
 
 
@@ -74,6 +76,11 @@ class Subject:
     def components(self) -> dict[str, float]:
         """Seconds of a step by component; with hooks and waits, so it is somewhat slower than others."""
         seconds: dict[str, float] = COMPONENTS.timed_components(self.engine, self.batches)
+        if self.config.parallel.world_size > 1:
+            sending = SURROUNDINGS.communication_seconds(self.engine, self.batches)
+            seconds["communication, in the step and partly beside the rest of it"] = sending
+        seconds["data, before the step"] = SURROUNDINGS.data_seconds(self.config, self.device)
+        seconds["logging, after it"] = SURROUNDINGS.logging_seconds(self.config)
         return seconds
 
     def _random_batch(self, generator: torch.Generator) -> MicroBatch:

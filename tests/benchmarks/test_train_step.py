@@ -53,6 +53,10 @@ def test_variants_are_measured_side_by_side(tmp_path: Path, benchmark: Script) -
     assert second["layout"]["tensor"] == 2
     for one in (first, second):
         assert len(one["step_seconds"]) == 2
+        beside = {name: one["components"].pop(name) for name in ("data, before the step", "logging, after it")}
+        assert min(beside.values()) > 0
+        sending = [one["components"].pop(name) for name in list(one["components"]) if name.startswith("communication")]
+        assert [0 < seconds < one["components"]["step"] * 10 for seconds in sending] == [True] * (one is second)
         parts = {name: seconds for name, seconds in one["components"].items() if name != "step"}
         assert sum(parts.values()) == pytest.approx(one["components"]["step"])
         assert {
