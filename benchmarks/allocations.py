@@ -1,5 +1,6 @@
 """Bytes that torch really takes on CPU, from its profiler, and what the system counts for the process."""
 
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -30,12 +31,17 @@ def traced_allocations() -> Iterator[Allocations]:
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         yield result
     live: dict[int, int] = {}
+    overtaken: Counter[int] = Counter()
     current = 0
     for event in _events(profiler):
         details = event.extra_fields
         if details.alloc_size > 0:
+            # Events of the same moment come in any order: what was at this address has been released, and will say so.
+            overtaken[details.ptr] += details.ptr in live
+            current += details.alloc_size - live.get(details.ptr, 0)
             live[details.ptr] = details.alloc_size
-            current += details.alloc_size
+        elif overtaken[details.ptr]:
+            overtaken[details.ptr] -= 1
         else:
             current -= live.pop(details.ptr, 0)
         result.peak = max(result.peak, current)

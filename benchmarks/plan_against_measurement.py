@@ -13,6 +13,7 @@ if Path(sys.path[0]).resolve() == Path(__file__).resolve().parent:
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 import argparse
+import gc
 import json
 import multiprocessing
 import os
@@ -85,6 +86,7 @@ def layouts() -> list[Workload]:
         ({"tensor": 2, "zero_stage": 0}, 4, 2, "fp32"),
         ({"tensor": 2, "zero_stage": 0, "sequence_parallel": True}, 4, 2, "fp32"),
         ({"tensor": 2, "zero_stage": 0, "activation_checkpointing": "selective"}, 4, 2, "fp32"),
+        ({"tensor": 2, "zero_stage": 0, "block_parallel": True}, 4, 2, "fp32"),
         ({"pipeline": 2, "zero_stage": 0}, 1, 8, "fp32"),
         ({"pipeline": 2, "zero_stage": 0, "activation_checkpointing": "layer"}, 2, 4, "fp32"),
         ({"pipeline": 2, "data": 2, "zero_stage": 1}, 1, 4, "fp32"),
@@ -119,6 +121,7 @@ def _train(work: Workload, stage_number: int, steps: int) -> list[float]:
     batches = [MicroBatch(ids, torch.ones_like(ids, dtype=torch.bool))] * work.num_micro_batches
     seconds = []
     for _ in range(steps):
+        gc.collect()  # what a step leaves in cycles would otherwise be there or not in the next one
         started = time.perf_counter()
         engine.accumulate(batches)
         engine.update(1e-4)
@@ -188,7 +191,7 @@ def predicted_bytes(work: Workload, rank: int, counts_unwritten: bool) -> float:
 def describe(work: Workload) -> str:
     """A layout in a few words."""
     parallel = work.parallel
-    sequence = "+SP" if parallel.sequence_parallel else ""
+    sequence = "+SP" if parallel.sequence_parallel else "+blocks" if parallel.block_parallel else ""
     return (
         f"TP{parallel.tensor}{sequence} PP{parallel.pipeline} DP{parallel.data} ZeRO {parallel.zero_stage}, "
         f"{parallel.activation_checkpointing}, {work.num_micro_batches} x {work.micro_batch_size}, {work.precision}"

@@ -43,7 +43,7 @@ def piece_activations(work: Workload, piece: str, policy: Policy = "none") -> Ac
     if piece == "token_decoder.input":
         return _token_input(work)
     if piece == "vanilla.input":
-        output = work.tokens * work.model.vanilla.hidden_size * work.value_bytes / _sharding(work)
+        output = work.tokens * work.model.vanilla.hidden_size * work.value_bytes / _sharding(work, piece)
         return Activations(output, 0.0, output)
     return _output(work, piece)
 
@@ -56,23 +56,24 @@ def received_bytes(work: Workload, piece: str) -> float:
     else:
         width = model.blocks.hidden_size if model.is_block else model.vanilla.hidden_size
         values = work.micro_batch_size * (model.sequence_length // model.unit_length) * width
-    return values * work.value_bytes / _sharding(work)
+    return values * work.value_bytes / _sharding(work, piece)
 
 
 def gathered_bytes(work: Workload, piece: str) -> float:
     """The largest tensor that sequence parallelism gathers for a piece."""
-    if not work.parallel.sequence_parallel:
+    if not work.parallel.sequence_parallel or work.is_whole(piece):
         return 0.0
     return work.positions(piece) * work.stack(piece).hidden_size * work.value_bytes
 
 
-def _sharding(work: Workload) -> int:
-    """Processes among which sequence parallelism shards the residual stream."""
-    return work.parallel.tensor if work.parallel.sequence_parallel else 1
+def _sharding(work: Workload, piece: str) -> int:
+    """Processes among which the residual stream is sharded where it enters or leaves a piece."""
+    by_blocks = work.parallel.block_parallel and piece.startswith("token_decoder")
+    return work.parallel.tensor if work.parallel.sequence_parallel or by_blocks else 1
 
 
 def _own_rows(work: Workload, piece: str) -> float:
-    return work.positions(piece) / _sharding(work)
+    return work.positions(piece) / (1 if work.is_whole(piece) else _sharding(work, piece))
 
 
 def _norm(work: Workload, width: float) -> float:
@@ -107,7 +108,7 @@ class _Sizes:
 
 
 def _sizes(work: Workload, piece: str) -> _Sizes:
-    stack, tensor = work.stack(piece), work.parallel.tensor
+    stack, tensor = work.stack(piece), work.shares(piece)
     key_heads = max(1.0, stack.key_value_heads / tensor)
     return _Sizes(
         width=stack.hidden_size,
@@ -215,7 +216,7 @@ def _cross_attention(work: Workload, sizes: _Sizes) -> float:
 
 def _embedder(work: Workload) -> Activations:
     model, embedder = work.model, work.model.embedder
-    width, rows = model.blocks.hidden_size, work.tokens / model.block_length / _sharding(work)
+    width, rows = model.blocks.hidden_size, work.tokens / model.block_length / _sharding(work, "embedder")
     output = rows * width * work.value_bytes
     kept = output + (work.tokens * ID_BYTES if model.block_length > 1 else 0)
     if embedder.has_projection:
@@ -232,7 +233,7 @@ def _encoder(work: Workload) -> float:
     encoder = model.embedder.roberta
     length = model.block_length + (model.embedder.num_cls_tokens if model.embedder.kind == "roberta_cls" else 0)
     rows = work.tokens / model.block_length * length
-    residual = rows / _sharding(work) * (2 * encoder.hidden_size * work.value_bytes + 2 * STATISTIC_BYTES)
+    residual = rows / _sharding(work, "embedder") * (2 * encoder.hidden_size * work.value_bytes + 2 * STATISTIC_BYTES)
     scores = 2 * encoder.num_attention_heads * length / tensor
     inner = (3 * encoder.hidden_size + 2 * encoder.stack.feed_forward_size) / tensor
     layer = 2 * residual + rows * (inner + scores) * work.value_bytes
@@ -242,7 +243,13 @@ def _encoder(work: Workload) -> float:
 def _token_input(work: Workload) -> Activations:
     model = work.model
     rows = work.micro_batch_size * model.num_blocks
-    output = rows * model.carried_length * model.tokens.hidden_size * work.value_bytes / _sharding(work)
+    output = (
+        rows
+        * model.carried_length
+        * model.tokens.hidden_size
+        * work.value_bytes
+        / _sharding(work, "token_decoder.input")
+    )
     shifted = 0 if model.token_decoder_input == "prefix" else rows * model.block_length * ID_BYTES
     return Activations(output + shifted, output, 2 * output)
 
@@ -256,11 +263,11 @@ def _output(work: Workload, piece: str) -> Activations:
     norm = _norm(work, width) - width * work.value_bytes  # its output is not kept, but the chosen rows of it are
     weight = model.vocab_size / tensor * width
     kept = targets * (2 * width * work.value_bytes + STATISTIC_BYTES + 2 * ID_BYTES)
-    kept += work.tokens * norm / _sharding(work) + weight * 4
+    kept += work.tokens * norm / _sharding(work, piece) + weight * 4
     chunk_rows = min(targets, max(1, CHUNK_BYTES // (4 * (model.vocab_size // tensor))))
     chunk = chunk_rows * model.vocab_size / tensor
     rows = work.tokens * width * work.value_bytes  # the norm's output, and what sequence parallelism gathers of it
-    forward = rows * (1 + (_sharding(work) > 1)) + chunk * 4.0
+    forward = rows * (1 + (_sharding(work, piece) > 1)) + chunk * 4.0
     if work.precision == "bf16":  # logits, fp32 probabilities, their gradient; a product that is added up
         forward += chunk * (4.0 if work.on_gpu else 8.0) + weight * 2.0
     return Activations(kept, forward, rows)

@@ -86,12 +86,12 @@ def _passes(
     # Once as many micro-batches are in flight as ever, a first backward pass has run, unless there are no more.
     is_first = work.num_micro_batches <= in_flight
     full = states.gradients if work.parallel.zero_stage < 2 or work.parallel.pipeline > 1 else states.accumulated
-    total = max(1, sum(piece.parameters for piece in pieces))
-    kept, later = before, sum(piece.parameters for piece in pieces)
+    later = sum(work.parameters(piece) for piece in pieces)
+    kept, total = before, max(1, later)
     for piece, one in zip(pieces, found, strict=True):
         kept += one.kept
         yield kept, one.forward, 0.0 if is_first else full, not is_first and work.parallel.zero_stage == 1
-        later -= piece.parameters
+        later -= work.parameters(piece)
         own = _own_gradient(work, piece)
         arisen = states.gradients * later / total if is_first or work.parallel.zero_stage > 1 else 0.0
         yield kept, one.backward + own, arisen + (0.0 if is_first else full), True
@@ -101,4 +101,4 @@ def _own_gradient(work: Workload, piece: PieceCost) -> float:
     """Gradients that arise in a piece's backward pass, before they go where all are; the head has its own in fp32."""
     if piece.name in ("token_decoder.output", "vanilla.output") and work.precision == "fp32":
         return 0.0
-    return piece.parameters_per_rank(work.parallel.tensor) * work.value_bytes
+    return work.parameters(piece) * work.value_bytes

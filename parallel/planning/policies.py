@@ -51,9 +51,9 @@ def recomputed(work: Workload, piece: PieceCost, policy: Policy) -> tuple[float,
     if policy == "layer":
         # The last product of a layer is not needed again.
         last = 2.0 * work.positions(piece.name) * work.stack(piece.name).feed_forward_size
-        return flops - last * work.stack(piece.name).hidden_size / work.parallel.tensor, everything - kept
+        return flops - last * work.stack(piece.name).hidden_size / work.shares(piece.name), everything - kept
     stack = work.stack(piece.name)
-    dense = 2.0 * work.positions(piece.name) * stack.attention_size * stack.hidden_size / work.parallel.tensor
+    dense = 2.0 * work.positions(piece.name) * stack.attention_size * stack.hidden_size / work.shares(piece.name)
     return dense, everything - kept
 
 

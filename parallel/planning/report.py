@@ -8,8 +8,8 @@ from parallel.planning.communication import Cluster
 from parallel.planning.search import GIB, Plan, Search
 
 HEADER = (
-    "| TP | SP | PP | DP | ZeRO | micro-batch | checkpointing | GiB per process | s per step | tokens/s | MFU | hours "
-    "| GPU-hours |"
+    "| TP | also split | PP | DP | ZeRO | micro-batch | checkpointing | GiB per process | s per step | tokens/s | MFU "
+    "| hours | GPU-hours |"
 )
 
 
@@ -22,7 +22,7 @@ def _row(plan: Plan, tokens: float) -> str:
     parallel, hours = plan.work.parallel, plan.hours(tokens)
     cells = (
         parallel.tensor,
-        "yes" if parallel.sequence_parallel else "no",
+        " and ".join(_split_rows(plan)) or "nothing",
         parallel.pipeline,
         parallel.data,
         parallel.zero_stage,
@@ -36,6 +36,12 @@ def _row(plan: Plan, tokens: float) -> str:
         f"{hours * parallel.world_size:,.0f}",
     )
     return f"| {' | '.join(map(str, cells))} |"
+
+
+def _split_rows(plan: Plan) -> list[str]:
+    parallel = plan.work.parallel
+    chosen = (("sequence", parallel.sequence_parallel), ("blocks", parallel.block_parallel))
+    return [name for name, is_split in chosen if is_split]
 
 
 def explanation(plan: Plan) -> list[str]:
@@ -61,6 +67,7 @@ def yaml_snippet(plan: Plan) -> list[str]:
         f"  pipeline: {parallel.pipeline}",
         f"  data: {parallel.data}",
         f"  sequence_parallel: {str(parallel.sequence_parallel).lower()}",
+        f"  block_parallel: {str(parallel.block_parallel).lower()}",
         f"  zero_stage: {parallel.zero_stage}",
         f"  activation_checkpointing: {parallel.activation_checkpointing}",
         "train:",

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import product
 from typing import Literal
 
 from pydantic import ValidationError
@@ -119,16 +120,24 @@ def _layouts(training: Training, processes: int, refused: dict[str, None]) -> It
     for tensor in _divisors(processes):
         for pipeline in _divisors(processes // tensor):
             for zero_stage in (0, 1, 2, 3):
-                values = {
+                values: dict[str, object] = {
                     "tensor": tensor,
                     "pipeline": pipeline,
                     "data": processes // tensor // pipeline,
                     "zero_stage": zero_stage,
                 }
-                for sequence_parallel in (False, True) if tensor > 1 else (False,):
-                    parallel = _allowed(training, {**values, "sequence_parallel": sequence_parallel}, refused)
+                for rows in _splits_of_rows(tensor):
+                    parallel = _allowed(training, values | rows, refused)
                     if parallel is not None:
                         yield parallel
+
+
+def _splits_of_rows(tensor: int) -> list[dict[str, bool]]:
+    """What a tensor-parallel layout can spread besides matrices."""
+    if tensor == 1:
+        return [{}]
+    choices = product((False, True), repeat=2)
+    return [{"sequence_parallel": sequence, "block_parallel": blocks} for sequence, blocks in choices]
 
 
 def _allowed(training: Training, values: dict[str, object], refused: dict[str, None]) -> ParallelConfig | None:

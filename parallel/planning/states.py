@@ -43,7 +43,7 @@ class States:
 
 def stage_parameters(work: Workload, stage: int) -> int:
     """Values that a process of a stage holds of it, before ZeRO shards them (P)."""
-    return sum(piece.parameters_per_rank(work.parallel.tensor) for piece in work.stages[stage])
+    return sum(work.parameters(piece) for piece in work.stages[stage])
 
 
 def stage_states(work: Workload, stage: int) -> States:

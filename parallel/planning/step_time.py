@@ -110,7 +110,7 @@ def _piece_seconds(
         elementwise = max(elementwise, OPERATORS_PER_LAYER * device.launch_seconds - products)
     again_flops, again_bytes = recomputed(work, piece, policy)
     recomputation = _product_seconds(work, cluster, again_flops) + 2.0 * again_bytes / rate
-    return products, elementwise, recomputation, _tensor_seconds(work, cluster, piece.name, policy)
+    return products, elementwise, recomputation, _tensor_seconds(work, cluster, piece, policy)
 
 
 def _product_seconds(work: Workload, cluster: Cluster, flops: float) -> float:
@@ -134,14 +134,19 @@ def _attention_flops(work: Workload, piece: str) -> float:
         length = model.local_length + (model.num_context_vectors if model.has_cross_attention else 0)
     else:
         length = model.num_blocks if model.is_block else model.sequence_length
-    return 4.0 * work.positions(piece) * length * work.stack(piece).attention_size / work.parallel.tensor
+    return 4.0 * work.positions(piece) * length * work.stack(piece).attention_size / work.shares(piece)
 
 
-def _tensor_seconds(work: Workload, cluster: Cluster, piece: str, policy: Policy) -> float:
-    """Sums of the residual stream: after attention and feed-forward, and again for the gradients of their inputs."""
-    tensor = work.parallel.tensor
+def _tensor_seconds(work: Workload, cluster: Cluster, cost: PieceCost, policy: Policy) -> float:
+    """Sums of the residual stream: after attention and feed-forward, and again for the gradients of their inputs.
+
+    Where ranks have their own blocks, sums of the parameters' gradients instead.
+    """
+    tensor, piece = work.parallel.tensor, cost.name
     if tensor == 1:
         return 0.0
+    if work.is_whole(piece):
+        return cluster.all_reduce(float(work.value_bytes * cost.parameters), tensor, tensor)
     size = work.positions(piece) * work.stack(piece).hidden_size * work.value_bytes
     gather = cluster.all_gather(size, tensor, tensor)
     one = 2.0 * gather if work.parallel.sequence_parallel else cluster.all_reduce(size, tensor, tensor)

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
 
+from parallel.block_parallel import holds_own_blocks
 from parallel.component_config import DecoderConfig
 from parallel.config import ModelConfig, ParallelConfig
 from parallel.costs import PieceCost, pipeline_split
@@ -54,11 +55,24 @@ class Workload:
             return model.vanilla
         return model.tokens if piece.startswith("token_decoder") else model.blocks
 
-    def positions(self, piece: str) -> int:
-        """Positions of a micro-batch that a piece's layers compute, over all tensor-parallel ranks."""
+    def is_whole(self, piece: str) -> bool:
+        """Whether each tensor-parallel rank holds a piece whole and runs it on its own blocks."""
+        return self.parallel.block_parallel and holds_own_blocks(piece)
+
+    def shares(self, piece: str) -> int:
+        """Processes that share a piece's matrices."""
+        return 1 if self.is_whole(piece) else self.parallel.tensor
+
+    def parameters(self, piece: PieceCost) -> int:
+        """Values that a process holds of a piece, before ZeRO shards them."""
+        return piece.parameters if self.is_whole(piece.name) else piece.parameters_per_rank(self.parallel.tensor)
+
+    def positions(self, piece: str) -> float:
+        """Positions of a micro-batch that the matrices of a piece's layers are multiplied with on one process."""
         model = self.model
         if piece.startswith("token_decoder"):
-            return self.micro_batch_size * model.num_blocks * model.local_length
+            positions = self.micro_batch_size * model.num_blocks * model.local_length
+            return positions / self.parallel.tensor if self.is_whole(piece) else positions
         return self.micro_batch_size * (model.num_blocks if model.is_block else model.sequence_length)
 
     @property

@@ -43,6 +43,7 @@ LAYOUTS = {
         work(4, 2, data=2, zero_stage=2),
         work(4, 2, data=2, zero_stage=3),
         work(8, 2, tensor=2, zero_stage=0),
+        work(8, 2, tensor=2, zero_stage=0, block_parallel=True),
         work(2, 4, pipeline=2, zero_stage=0),
     ],
 }
