@@ -4,6 +4,7 @@ Each piece counts its output and what its backward pass reads, without its input
 before. The terms are the tensors that autograd holds; a test compares the sums with what is really allocated.
 """
 
+import math
 from dataclasses import dataclass
 
 from parallel.attend import SHORT
@@ -264,8 +265,8 @@ def _output(work: Workload, piece: str) -> Activations:
     weight = model.vocab_size / tensor * width
     kept = targets * (2 * width * work.value_bytes + STATISTIC_BYTES + 2 * ID_BYTES)
     kept += work.tokens * norm / _sharding(work, piece) + weight * 4
-    chunk_rows = min(targets, max(1, CHUNK_BYTES // (4 * (model.vocab_size // tensor))))
-    chunk = chunk_rows * model.vocab_size / tensor
+    most = max(1, CHUNK_BYTES // (4 * (model.vocab_size // tensor)))
+    chunk = math.ceil(targets / math.ceil(targets / most)) * model.vocab_size / tensor
     rows = work.tokens * width * work.value_bytes  # the norm's output, and what sequence parallelism gathers of it
     forward = rows * (1 + (_sharding(work, piece) > 1)) + chunk * 4.0
     if work.precision == "bf16":  # logits, fp32 probabilities, their gradient; a product that is added up
