@@ -1,15 +1,10 @@
-"""Loss of every token of whole sequences, with bounded memory for logits."""
-
-from dataclasses import replace
+"""Loss of every token of whole sequences."""
 
 import torch
 from torch import Tensor
 
 from parallel.inputs import MicroBatch, prepare_inputs
 from parallel.stage import Stage
-
-# Logits that exist at once: 64 MiB in fp32, times a few in the cross entropy.
-MAXIMUM_LOGITS = 2**24
 
 
 @torch.no_grad()
@@ -25,15 +20,8 @@ def token_losses(stage: Stage, token_ids: Tensor) -> Tensor:
     """
     config = stage.model_config
     inputs = prepare_inputs(config, MicroBatch(token_ids, torch.ones_like(token_ids, dtype=torch.bool)))
-    hidden = stage.run(None, inputs, stage.names[:-1])
+    losses = stage.run(None, inputs)
     # The last block (token) of each sequence predicts nothing.
     last = len(token_ids) if config.is_block else 1
-    hidden, targets = hidden[:-last], inputs.targets[:-last]
-    rows = max(1, MAXIMUM_LOGITS // (config.vocab_size * targets[0].numel()))
-    output = stage.piece(stage.names[-1])
-    losses = [
-        output(hidden[start : start + rows], replace(inputs, targets=targets[start : start + rows]))
-        for start in range(0, len(hidden), rows)
-    ]
-    units = torch.cat(losses).view(-1, len(token_ids), config.unit_length)
+    units = losses[:-last].view(-1, len(token_ids), config.unit_length)
     return units.transpose(0, 1).reshape(len(token_ids), -1)

@@ -71,8 +71,8 @@ def linear_cross_entropy(
         chunk_bytes: room for logits.
 
     Returns:
-        fp32 [...], nats; 0 where not valid. Its gradient must be the same number for all valid targets, as it is of
-        their sum or mean.
+        fp32 [...], nats; 0 where not valid. Backward is free if its gradient is the same number for all valid targets,
+        as it is of their sum or mean; if not, all is computed again.
     """
     if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
         loss: Tensor = _LinearCrossEntropy.apply(hidden, weight, targets, valid, chunk_bytes)
@@ -110,35 +110,51 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, valid: Tensor, chunk_bytes: int) -> Tensor:
         chosen = _Targets.valid(hidden, targets, valid)
-        rows, ids = chosen.rows, chosen.ids
-        loss = rows.new_empty(len(ids), dtype=torch.float32)
-        row_gradient = torch.empty_like(rows)
-        weight_gradient = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
-        for part in chosen.chunks(weight, chunk_bytes):
-            loss[part], probabilities = _losses(product(rows[part], weight), ids[part])
-            gradient = _subtract_targets_(probabilities, ids[part]).to(weight.dtype)
-            row_gradient[part] = product(gradient, weight.t())
-            _add_product_(weight_gradient, gradient.t(), rows[part])
-            del probabilities, gradient  # their memory is the next chunk's
-        ctx.targets, ctx.shape = chosen, hidden.shape
-        ctx.row_gradient, ctx.weight_gradient, ctx.dtype = row_gradient, weight_gradient, weight.dtype
+        loss, *ctx.gradients = _with_gradients(chosen, weight, chunk_bytes, None)
+        ctx.save_for_backward(weight)
+        ctx.targets, ctx.chunk_bytes = chosen, chunk_bytes
         return chosen.among_all(loss, targets.numel()).view(targets.shape)
 
     @staticmethod
     def backward(ctx: Any, *arrived: Tensor) -> tuple[Tensor | None, ...]:
-        chosen, row_gradient, weight_gradient = ctx.targets, ctx.row_gradient, ctx.weight_gradient
+        (weight,), chosen = ctx.saved_tensors, ctx.targets
+        row_gradient, weight_gradient = ctx.gradients
         # They become the gradients of the parameters, and are not copied if nobody else holds them.
-        del ctx.targets, ctx.row_gradient, ctx.weight_gradient
+        del ctx.gradients
         factors = arrived[0].flatten()
         factors = factors if chosen.index is None else factors.index_select(0, chosen.index)
-        if len(factors):
-            same = (factors == factors[0]).all()
-            torch._assert_async(same, "the gradient of the loss must be the same for all valid targets")
+        if len(factors) and bool((factors == factors[0]).all()):
             row_gradient.mul_(factors[0])
             weight_gradient.mul_(factors[0])
-        count = arrived[0].numel()
-        row_gradient = chosen.among_all(row_gradient, count).view(ctx.shape)
-        return row_gradient, weight_gradient.to(ctx.dtype), None, None, None
+        elif len(factors):
+            _, row_gradient, weight_gradient = _with_gradients(chosen, weight, ctx.chunk_bytes, factors)
+        shape = (*arrived[0].shape, weight.shape[1])
+        row_gradient = chosen.among_all(row_gradient, arrived[0].numel()).view(shape)
+        return row_gradient, weight_gradient.to(weight.dtype), None, None, None
+
+
+def _with_gradients(
+    chosen: _Targets, weight: Tensor, chunk_bytes: int, factors: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Losses, and the gradients of their sum, each loss times its factor; None: times 1.
+
+    Returns:
+        fp32 [n], gradients [n, D] and fp32 [V / TP, D].
+    """
+    rows, ids = chosen.rows, chosen.ids
+    loss = rows.new_empty(len(ids), dtype=torch.float32)
+    row_gradient = torch.empty_like(rows)
+    weight_gradient = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
+    for part in chosen.chunks(weight, chunk_bytes):
+        loss[part], probabilities = _losses(product(rows[part], weight), ids[part])
+        gradient = _subtract_targets_(probabilities, ids[part])
+        if factors is not None:
+            gradient.mul_(factors[part, None])
+        gradient = gradient.to(weight.dtype)
+        row_gradient[part] = product(gradient, weight.t())
+        _add_product_(weight_gradient, gradient.t(), rows[part])
+        del probabilities, gradient  # their memory is the next chunk's
+    return loss, row_gradient, weight_gradient
 
 
 def _losses(logits: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:

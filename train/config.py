@@ -1,15 +1,15 @@
 """Settings of a run, composed of what each package owns."""
 
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from data.config import DataConfig
 from parallel.config import ModelConfig, ParallelConfig, check_layout, check_precision
-from parallel.cpu_adaptation import compute_device
-from parallel.planning.policies import check_budget
-from parallel.planning.workload import Workload
+
+if TYPE_CHECKING:
+    from parallel.planning.workload import Workload
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -216,8 +216,12 @@ class RunConfig(BaseModel):
         return self.train.global_batch_size * self.model.sequence_length
 
     @property
-    def workload(self) -> Workload:
+    def workload(self) -> "Workload":
         """What memory and time of a step on this kind of device follow from."""
+        # Imported here, as below: they take seconds, and mistakes in a configuration are to be found before.
+        from parallel.cpu_adaptation import compute_device
+        from parallel.planning.workload import Workload
+
         on_gpu = compute_device().type == "cuda"
         return Workload(
             model=self.model,
@@ -247,6 +251,8 @@ class RunConfig(BaseModel):
         check_precision(self.parallel, self.train.precision)
         self._check_isolation()
         if self.parallel.activation_checkpointing == "budget":
+            from parallel.planning.policies import check_budget
+
             check_budget(self.workload)
         return self
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from data.errors import DataError
 from data.tokenizer import Tokenizer
-from evaluation import plots, token_losses
+from evaluation import plots
 from evaluation.documents import DocumentChunks, chunk_length, read_chunks
 from evaluation.positions import bin_edges, evaluate_positions
 from parallel.errors import ConfigurationError
@@ -76,11 +76,8 @@ def test_a_limit_takes_a_sample_of_all_documents(tmp_path: Path, tokenizer: Toke
 @pytest.mark.parametrize(
     ("kind", "length"), [("prefix", 4), ("prefix", 1), ("summation", 4), ("cross_attention", 2), ("vanilla", 1)]
 )
-def test_every_position_equals_a_slow_computation(
-    tmp_path: Path, tokenizer: Tokenizer, kind: str, length: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_every_position_equals_a_slow_computation(tmp_path: Path, tokenizer: Tokenizer, kind: str, length: int) -> None:
     stage = small_stage(kind, length)
-    monkeypatch.setattr(token_losses, "MAXIMUM_LOGITS", 384 * 50)  # several slices, the last one shorter
     # Longer than the model's 64 tokens, seven chunks in batches of three.
     chunks = read_chunks(
         write_documents(tmp_path / "books.jsonl", [book()[9000:9900]]), "--documents", tokenizer, 72, limit=7
