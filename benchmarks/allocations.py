@@ -1,5 +1,7 @@
 """Bytes that torch really takes on CPU, from its profiler, and what the system counts for the process."""
 
+import ctypes
+import gc
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,6 +11,9 @@ from typing import Any
 
 from torch._C._profiler import _EventType
 from torch.profiler import ProfilerActivity, profile
+
+# Parameters of mallopt, from malloc.h of the GNU C library.
+_TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -3, -4, -8
 
 
 @dataclass
@@ -58,6 +63,15 @@ def _events(profiler: Any) -> list[Any]:
         if event.tag == _EventType.Allocation:
             found.append(event)
     return sorted(found, key=lambda event: event.start_time_ns)
+
+
+def return_freed_memory() -> None:
+    """Has the C library give all freed memory back to the system, that of large tensors as soon as they are freed."""
+    library = ctypes.CDLL("libc.so.6")
+    settings = ((_MMAP_THRESHOLD, 2**16), (_MMAP_MAX, 2**16), (_TRIM_THRESHOLD, 2**16), (_ARENA_MAX, 1))
+    assert all(library.mallopt(parameter, value) == 1 for parameter, value in settings)
+    gc.collect()
+    library.malloc_trim(0)
 
 
 def resident_bytes() -> int:

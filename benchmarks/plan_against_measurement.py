@@ -1,8 +1,8 @@
 """Holds tools/plan.py's predictions against real processes on CPU: memory of layouts, order of step times.
 
 benchmarks/plan_against_measurement.py [--output FILE]: each layout runs in processes of its own, over gloo. Memory is
-what torch's allocator takes, and resident memory above that after imports. The constants for times are fitted to the
-layouts of one process; those of two are predicted.
+what torch's allocator takes, and resident memory above that after imports, while freed memory goes back to the system.
+The constants for times are fitted to the layouts of one process; those of two are predicted.
 """
 
 import sys
@@ -30,7 +30,7 @@ warnings.filterwarnings("ignore", module=r"megatron\.core")
 import torch
 import torch.distributed
 
-from benchmarks.allocations import traced_allocations, traced_residence
+from benchmarks.allocations import return_freed_memory, traced_allocations, traced_residence
 from parallel.config import ModelConfig, ParallelConfig
 from parallel.device_limits import measure_device_limits
 from parallel.host_memory import keep_freed_memory
@@ -63,12 +63,15 @@ class Observation:
     """What one process measured.
 
     Attributes:
-        resident: peak of resident memory above that after imports, in bytes.
+        resident: peak of resident memory above that after imports, in bytes, where freed memory is given back at once;
+            training keeps it (parallel/host_memory.py), with gaps that depend on the order of allocations.
+        kept: the same peak as training has it.
         allocated: peak of torch's allocator, in bytes.
         step_seconds: of the fastest step after the first: what else the machine does only adds to them.
     """
 
     resident: int
+    kept: int
     allocated: int
     step_seconds: float
 
@@ -101,14 +104,19 @@ def observe(work: Workload, steps: int = STEPS, traces_allocator: bool = True) -
     """Trains for some steps in this process of a running group, first undisturbed, then with the allocator traced."""
     place = initialize_topology(work.parallel)
     _train(replace(work, model=WARM_UP, micro_batch_size=1), place.pipeline_rank, 1)  # loads what is loaded when needed
+    return_freed_memory()
     with traced_residence() as resident:
+        _train(work, place.pipeline_rank, 2)
+    return_freed_memory()
+    keep_freed_memory()
+    with traced_residence() as kept:
         seconds = _train(work, place.pipeline_rank, steps)
     allocated = 0
     if traces_allocator:
         with traced_allocations() as traced:
             _train(work, place.pipeline_rank, 2)
         allocated = traced.peak
-    return Observation(resident.peak, allocated, min(seconds[1:]))
+    return Observation(resident.peak, kept.peak, allocated, min(seconds[1:]))
 
 
 def _train(work: Workload, stage_number: int, steps: int) -> list[float]:
@@ -135,7 +143,6 @@ def _process(rank: int, port: int, work: Workload, traces_allocator: bool, answe
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank))
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), DS_ACCELERATOR="cpu")
     torch.set_num_threads(1)
-    keep_freed_memory()
     start_process_group()
     answers.put((rank, observe(work, traces_allocator=traces_allocator)))
     torch.distributed.destroy_process_group()
@@ -181,9 +188,8 @@ def write_observations(path: Path, observed: Mapping[str, list[Observation]]) ->
     path.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
 
 
-def predicted_bytes(work: Workload, rank: int, counts_unwritten: bool) -> float:
+def predicted_bytes(work: Workload, rank: int) -> float:
     """Peak that the memory model says for a rank."""
-    work = replace(work, counts_unwritten=counts_unwritten)
     stage = rank // (work.parallel.tensor * work.parallel.data)
     return stage_memory(work, stage, stage_policies(work, stage)).total
 
@@ -204,19 +210,17 @@ def memory_table(works: Sequence[Workload], observed: Sequence[list[Observation]
     Of its ranks, which hold alike, the one with least counts: gloo frees its copies late on one or the other.
     """
     lines = [
-        "| layout | allocated MiB | predicted | ratio | resident MiB | predicted | ratio |",
+        "| layout | predicted MiB | allocated | ratio | resident | ratio | resident, freed memory kept |",
         "|---|---|---|---|---|---|---|",
     ]
     for work, ranks in zip(works, observed, strict=True):
-        cells = [describe(work)]
-        for kind, counts_unwritten in (("allocated", True), ("resident", False)):
-            per_stage = len(ranks) // work.parallel.pipeline
-            measured, rank = max(
-                min((getattr(ranks[rank], kind), rank) for rank in range(first, first + per_stage))
-                for first in range(0, len(ranks), per_stage)
-            )
-            predicted = predicted_bytes(work, rank, counts_unwritten)
-            cells += [f"{measured / MIB:,.0f}", f"{predicted / MIB:,.0f}", f"{predicted / measured:.2f}"]
+        per_stage = len(ranks) // work.parallel.pipeline
+        predicted, first = max((predicted_bytes(work, rank), rank) for rank in range(0, len(ranks), per_stage))
+        alike = ranks[first : first + per_stage]
+        cells = [describe(work), f"{predicted / MIB:,.0f}"]
+        for measured in (min(one.allocated for one in alike), min(one.resident for one in alike)):
+            cells += [f"{measured / MIB:,.0f}", f"{predicted / measured:.2f}"]
+        cells.append(f"{min(one.kept for one in alike) / MIB:,.0f}")
         lines.append(f"| {' | '.join(cells)} |")
     return lines
 

@@ -29,6 +29,7 @@ import torch
 from parallel.costs import forward_flops_per_token
 from parallel.device_limits import DeviceLimits, measure_device_limits
 from parallel.errors import ConfigurationError
+from parallel.planning.search import largest_memory
 from slurm.identity import free_port
 from tools.command_line import make_output_folder, positive, run
 from train.config import REPOSITORY, RunConfig
@@ -57,6 +58,11 @@ class Candidate:
     def flops(self) -> float:
         """Model FLOPs of a step, recomputation and padding not counted."""
         return BACKWARD_FACTOR * forward_flops_per_token(self.config.model) * self.config.tokens_per_step
+
+    @property
+    def planned_bytes(self) -> float:
+        """Memory of the process that needs most, as tools/plan.py predicts it."""
+        return largest_memory(self.config.workload).total
 
 
 class Processes:
@@ -132,6 +138,7 @@ class StepResult:
         fraction_of_peak: median over steps, of the yardstick around each of them.
         peak_fraction: of the fastest step, of the fastest yardstick of all candidates.
         memory_bytes: peak of the rank that takes most, beyond what it had before the model was built.
+        planned_bytes: what tools/plan.py predicts of it.
         components: seconds of a step by component on rank 0.
     """
 
@@ -145,6 +152,7 @@ class StepResult:
     fraction_of_peak: float
     peak_fraction: float
     memory_bytes: float
+    planned_bytes: float
     components: dict[str, float]
 
 
@@ -239,14 +247,17 @@ def _sum_up(
         fraction_of_peak=statistics.median(fractions),
         peak_fraction=candidate.flops / min(seconds) / best,
         memory_bytes=max(growth),
+        planned_bytes=candidate.planned_bytes,
         components=components,
     )
 
 
 def report(results: Sequence[StepResult], limits: DeviceLimits) -> str:
     """A table of all candidates, the ratios to the first one, and where the time went."""
-    head = "| model | tokens/s | TFLOP/s | of product rate | best step | memory GiB | median step s | times the first |"
-    lines = [limits.describe(), "", head, "|---|---|---|---|---|---|---|---|"]
+    columns = (
+        "tokens/s | TFLOP/s | of product rate | best step | memory GiB | planned | median step s | times the first"
+    )
+    lines = [limits.describe(), "", f"| model | {columns} |", "|---" * 9 + "|"]
     first = results[0]
     for one in results:
         # Pairs of the same round met the same machine.
@@ -255,7 +266,7 @@ def report(results: Sequence[StepResult], limits: DeviceLimits) -> str:
         lines.append(
             f"| {one.name} | {one.tokens_per_second:,.0f} | {one.flops_per_second / 1e12:.3f} | "
             f"{one.fraction_of_peak:.0%} | {one.peak_fraction:.0%} | {one.memory_bytes / GIB:.2f} | "
-            f"{statistics.median(one.step_seconds):.3f} | {ratio:.2f} |"
+            f"{one.planned_bytes / GIB:.2f} | {statistics.median(one.step_seconds):.3f} | {ratio:.2f} |"
         )
     names = list(dict.fromkeys(name for one in results for name in one.components))
     lines += ["", "| seconds | " + " | ".join(one.name for one in results) + " |", "|---" * (len(results) + 1) + "|"]

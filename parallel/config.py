@@ -196,6 +196,11 @@ class ParallelConfig(BaseModel):
         default=1,
         description="DeepSpeed ZeRO: 0 replicates; 1 shards the optimizer; 2 also gradients; 3 also parameters.",
     )
+    overlap_gradient_reduction: bool = Field(
+        default=False,
+        description="Sum gradients over replicas while the backward pass still runs, bucket by bucket, on GPU in a "
+        "stream of their own; ZeRO 3 gathers parameters ahead as well. Without a pipeline; in bf16 for ZeRO 2 and 3.",
+    )
     activation_checkpointing: Literal["none", "selective", "layer", "budget"] = Field(
         default="none",
         description="What the backward pass recomputes: `none`: nothing; `selective`: all of a layer but the products "
@@ -254,12 +259,26 @@ class ParallelConfig(BaseModel):
             raise ValueError("sequence_parallel=true needs tensor > 1; set sequence_parallel=false")
         if self.block_parallel and self.tensor == 1:
             raise ValueError("block_parallel=true needs tensor > 1; set block_parallel=false")
+        if self.overlap_gradient_reduction:
+            self._check_overlap()
         if self.zero_stage == 3 and self.pipeline > 1:
             raise ValueError(
                 f"zero_stage=3 cannot be combined with pipeline={self.pipeline}; "
                 "use zero_stage 0, 1 or 2, or pipeline=1"
             )
         return self
+
+    def _check_overlap(self) -> None:
+        if self.zero_stage == 0:
+            raise ValueError(
+                "overlap_gradient_reduction=true does nothing with zero_stage=0; use zero_stage 1, 2 or 3, or set it "
+                "to false"
+            )
+        if self.pipeline > 1:
+            raise ValueError(
+                f"overlap_gradient_reduction=true does nothing with pipeline={self.pipeline}, which reduces them at "
+                "the end; use pipeline=1, or set it to false"
+            )
 
 
 def check_layout(model: ModelConfig, parallel: ParallelConfig) -> None:
@@ -306,6 +325,11 @@ def check_precision(parallel: ParallelConfig, precision: str) -> None:
         raise ValueError(
             "parallel.zero_stage=0 cannot accumulate bf16 gradients in fp32 (DeepSpeed refuses); "
             "use parallel.zero_stage=1 or train.precision=fp32"
+        )
+    if parallel.zero_stage == 1 and parallel.overlap_gradient_reduction:
+        raise ValueError(
+            "parallel.overlap_gradient_reduction=true does nothing with parallel.zero_stage=1 in bf16, where DeepSpeed "
+            "sums the fp32 gradients at the end; use parallel.zero_stage=2 or 3, or set it to false"
         )
     if parallel.zero_stage == 2 and parallel.pipeline > 1:
         raise ValueError(

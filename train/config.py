@@ -222,15 +222,13 @@ class RunConfig(BaseModel):
         from parallel.cpu_adaptation import compute_device
         from parallel.planning.workload import Workload
 
-        on_gpu = compute_device().type == "cuda"
         return Workload(
             model=self.model,
             parallel=self.parallel,
             micro_batch_size=self.train.micro_batch_size,
             num_micro_batches=self.num_micro_batches,
             precision=self.train.precision,
-            on_gpu=on_gpu,
-            counts_unwritten=on_gpu,
+            on_gpu=compute_device().type == "cuda",
             decays_all=self.optimizer.decay == "all",
         )
 

@@ -11,6 +11,7 @@ from torch import nn
 
 from parallel.config import ParallelConfig
 from parallel.extensions import load_communication_op, use_extension_cache
+from parallel.planning.states import bucket_values
 from parallel.stage import Stage
 from parallel.topology import DeepSpeedTopology
 from train.config import OptimizerConfig
@@ -52,9 +53,13 @@ def adamw(module: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
 
 
 def deepspeed_settings(
-    parallel: ParallelConfig, precision: Literal["fp32", "bf16"], micro_batch_size: int, clip: float
+    parallel: ParallelConfig,
+    precision: Literal["fp32", "bf16"],
+    micro_batch_size: int,
+    clip: float,
+    parameters: int,
 ) -> dict[str, Any]:
-    """DeepSpeed's configuration.
+    """DeepSpeed's configuration for a stage with so many parameters.
 
     Gradient accumulation is the schedule's business, so DeepSpeed is told of none; without ZeRO it does not report the
     gradient norm, so clipping is done by `clip_replicated`.
@@ -63,7 +68,11 @@ def deepspeed_settings(
         "train_micro_batch_size_per_gpu": micro_batch_size,
         "gradient_accumulation_steps": 1,
         "gradient_clipping": clip if parallel.zero_stage else 0.0,
-        "zero_optimization": {"stage": parallel.zero_stage, "overlap_comm": False},
+        "zero_optimization": {
+            "stage": parallel.zero_stage,
+            "overlap_comm": parallel.overlap_gradient_reduction,
+            "reduce_bucket_size": int(bucket_values(parameters)),
+        },
         "zero_allow_untested_optimizer": True,
         "steps_per_print": None,
     }
@@ -89,7 +98,13 @@ def build_engine(
         engine, *_ = deepspeed.initialize(
             model=stage,
             optimizer=adamw(stage, optimizer),
-            config=deepspeed_settings(parallel, precision, micro_batch_size, optimizer.clip_gradient_norm),
+            config=deepspeed_settings(
+                parallel,
+                precision,
+                micro_batch_size,
+                optimizer.clip_gradient_norm,
+                sum(parameter.numel() for parameter in stage.parameters()),
+            ),
             mpu=DeepSpeedTopology(),
             dist_init_required=False,
         )

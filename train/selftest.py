@@ -246,6 +246,12 @@ def _paper_cases() -> list[Case]:
         _case("DP2, ZeRO 1, micro-batch 2", data=2, micro_batch_size=2),
         _case("DP2, ZeRO 3, micro-batch 2, recompute", data=2, zero=3, micro_batch_size=2, checkpointing="layer"),
         *(_case(f"DP2, ZeRO {zero}, bf16", data=2, zero=zero, precision="bf16") for zero in (1, 2, 3)),
+        *(_case(f"DP2, ZeRO {zero}, overlap", data=2, zero=zero, overlap=True) for zero in (1, 2, 3)),
+        *(
+            _case(f"DP2, ZeRO {zero}, bf16, overlap", data=2, zero=zero, precision="bf16", overlap=True)
+            for zero in (2, 3)
+        ),
+        _case("TP2 x DP2 + sequence parallel, overlap", tensor=2, data=2, sequence=True, overlap=True),
         *(_case(f"TP2 x PP2, ZeRO {zero}", tensor=2, pipeline=2, zero=zero, sequence=zero == 1) for zero in (0, 1)),
         _case("TP2 x DP2, ZeRO 1", tensor=2, data=2),
         _case("TP2 x DP2 + sequence parallel, ZeRO 2", tensor=2, data=2, zero=2, sequence=True),
@@ -290,6 +296,7 @@ def _case(
     checkpointing: Literal["none", "selective", "layer", "budget"] = "none",
     memory_gib: float | None = None,
     blocks: bool = False,
+    overlap: bool = False,
     **options: Any,
 ) -> Case:
     parallel = ParallelConfig(
@@ -301,6 +308,7 @@ def _case(
         activation_checkpointing=checkpointing,
         activation_memory_gib=memory_gib,
         block_parallel=blocks,
+        overlap_gradient_reduction=overlap,
     )
     return Case(name, parallel, **options)
 

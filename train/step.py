@@ -52,8 +52,9 @@ class StepEngine:
         self.parallel = parallel
         self.clip = optimizer.clip_gradient_norm
         self.engine: Any = build_engine(stage, parallel, optimizer, precision, micro_batch_size)
-        # ZeRO 2 and 3 reduce gradients during each backward pass, which only DeepSpeed's own backward drives.
-        self._engine_drives_backward = parallel.zero_stage >= 2 and parallel.pipeline == 1
+        # Gradients that are reduced during a backward pass need DeepSpeed's own backward.
+        reduces_early = parallel.zero_stage >= 2 or parallel.overlap_gradient_reduction
+        self._engine_drives_backward = reduces_early and parallel.pipeline == 1
 
     def accumulate(self, micro_batches: Sequence[MicroBatch]) -> LossSums:
         """Forward and backward of this data-parallel rank's micro-batches of the global batch.

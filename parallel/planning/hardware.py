@@ -25,7 +25,11 @@ class Device(BaseModel):
     link_bytes_per_second: float = Field(gt=0.0, description="One direction, to the other devices of the node.")
     link_latency: float = Field(ge=0.0, description="Seconds of a collective step inside the node.")
     gather_cost: float = Field(gt=0.0, description="An all-gather or reduce-scatter over an all-reduce; of rings 0.5.")
-    overlap: float = Field(ge=0.0, le=1.0, description="Part of communication that computation hides.")
+    overlap: float = Field(
+        ge=0.0,
+        le=1.0,
+        description="Part of what data parallelism sends that parallel.overlap_gradient_reduction hides.",
+    )
 
 
 class Network(BaseModel):
@@ -49,7 +53,7 @@ _GPU = {
     "launch_seconds": 5e-6,
     "link_latency": 1e-5,
     "gather_cost": 0.5,
-    # The step waits for each all-reduce of tensor parallelism, and reduces gradients after the backward pass.
+    # Unknown until it is measured.
     "overlap": 0.0,
     "reserved_gib": 2.5,
 }

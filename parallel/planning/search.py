@@ -80,17 +80,22 @@ class Search:
     refused: list[str]
 
 
+def largest_memory(work: Workload) -> Memory:
+    """Memory of the process that needs most."""
+    stages = range(work.parallel.pipeline)
+    return max(
+        (stage_memory(work, stage, stage_policies(work, stage)) for stage in stages), key=lambda memory: memory.total
+    )
+
+
 def evaluate(work: Workload, cluster: Cluster) -> Plan:
     """Memory and time of one layout."""
-    stages = range(work.parallel.pipeline)
-    policies = [stage_policies(work, stage) for stage in stages]
-    memory = max((stage_memory(work, stage, policies[stage]) for stage in stages), key=lambda one: one.total)
-    time = step_time(work, cluster, list(policies))
+    time = step_time(work, cluster, [stage_policies(work, stage) for stage in range(work.parallel.pipeline)])
     tokens = work.tokens * work.num_micro_batches * work.parallel.data
     rate = tokens / time.total
     peak = cluster.device.flops_per_second[work.precision] * work.parallel.world_size
     flops = TRAINING_PER_FORWARD * forward_flops_per_token(work.model)
-    return Plan(work, memory, time, rate, rate * flops / peak)
+    return Plan(work, largest_memory(work), time, rate, rate * flops / peak)
 
 
 def search(training: Training, cluster: Cluster, processes: int) -> Search:
@@ -164,7 +169,6 @@ def _workloads(
         )
         refused[reason] = None
         return
-    on_gpu = cluster.device.name != "cpu"
     for micro_batch_size in _divisors(batch):
         work = Workload(
             model=training.model,
@@ -172,8 +176,7 @@ def _workloads(
             micro_batch_size=micro_batch_size,
             num_micro_batches=batch // micro_batch_size,
             precision=training.precision,
-            on_gpu=on_gpu,
-            counts_unwritten=on_gpu,
+            on_gpu=cluster.device.name != "cpu",
             decays_all=training.decays_all,
         )
         for policy in POLICIES:

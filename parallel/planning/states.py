@@ -8,8 +8,10 @@ from dataclasses import dataclass
 
 from parallel.planning.workload import Workload
 
-BUCKET_VALUES = 500_000_000  # DeepSpeed's reduce_bucket_size
-LIVE_VALUES = 1_000_000_000  # and stage3_max_live_parameters: so much ZeRO 3 leaves gathered
+# Values of ZeRO's bucket for gradients: a quarter of a GiB in fp32, more than networks need to be at full speed.
+BUCKET_VALUES = 2**26
+REDUCED_VALUES = 500_000_000  # so many DeepSpeed sums at once where there is no bucket
+LIVE_VALUES = 1_000_000_000  # its stage3_max_live_parameters: so much ZeRO 3 leaves gathered
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,9 +57,15 @@ def stage_states(work: Workload, stage: int) -> States:
     return kinds[work.parallel.zero_stage](work, parameters)
 
 
+def bucket_values(parameters: float) -> float:
+    """Values of the bucket for the gradients of a stage's parameters."""
+    return min(parameters, BUCKET_VALUES)
+
+
 def _bucket(work: Workload, parameters: float, value_bytes: int) -> float:
-    """DeepSpeed's bucket for gradients. Of a CPU's memory it takes only what is written of it."""
-    return value_bytes * (BUCKET_VALUES if work.counts_unwritten else min(parameters, BUCKET_VALUES))
+    """Bytes of the bucket; one fills while another is reduced, if they overlap."""
+    buckets = 2 if work.parallel.overlap_gradient_reduction and work.parallel.zero_stage < 3 else 1
+    return buckets * value_bytes * bucket_values(parameters)
 
 
 def _largest_group(work: Workload, parameters: float) -> float:
@@ -79,7 +87,7 @@ def _replicated(work: Workload, parameters: float) -> States:
         optimizer=8 * parameters,
         gradients=4 * parameters,
         accumulated=4 * parameters,
-        reduction=4 * min(parameters, BUCKET_VALUES),
+        reduction=4 * min(parameters, REDUCED_VALUES),
         update=0.0,
     )
 
@@ -92,7 +100,7 @@ def _bf16_sharded_optimizer(work: Workload, parameters: float) -> States:
         held_gradients=4 * parameters,
         gradients=0.0,
         accumulated=0.0,
-        reduction=4 * min(parameters, BUCKET_VALUES),
+        reduction=4 * min(parameters, REDUCED_VALUES),
         update=_gathering_copy(work, parameters),
     )
 
@@ -115,7 +123,7 @@ def _sharded_gradients(work: Workload, parameters: float) -> States:
     """ZeRO 2: gradients of each micro-batch, of which each process adds its part to an fp32 sum."""
     size, part = work.value_bytes, 4 * parameters / work.parallel.data
     is_pipelined = work.parallel.pipeline > 1
-    cast = 4 * min(parameters, BUCKET_VALUES) if work.precision == "bf16" else 0.0
+    cast = 4 * bucket_values(parameters) if work.precision == "bf16" else 0.0
     return States(
         parameters=size * parameters,
         optimizer=3 * part,
@@ -130,7 +138,7 @@ def _sharded_gradients(work: Workload, parameters: float) -> States:
 def _sharded_parameters(work: Workload, parameters: float) -> States:
     """ZeRO 3: what is gathered of the parameters counts among the buffers."""
     size, part = work.value_bytes, parameters / work.parallel.data
-    scattered = 4 * min(parameters, BUCKET_VALUES) * (1 if work.on_gpu else 2)
+    scattered = 4 * bucket_values(parameters) * (1 if work.on_gpu else 2)
     return States(
         parameters=size * part,
         optimizer=12 * part,

@@ -8,7 +8,7 @@ from parallel.costs import PieceCost
 from parallel.planning.activations import piece_activations, received_bytes
 from parallel.planning.communication import Cluster
 from parallel.planning.policies import recomputed
-from parallel.planning.states import BUCKET_VALUES, stage_parameters
+from parallel.planning.states import LIVE_VALUES, stage_parameters
 from parallel.planning.workload import Workload
 
 # How often forward and backward passes together move what a piece keeps: written, read by the next operator, read and
@@ -169,6 +169,7 @@ def _messages(work: Workload, cluster: Cluster) -> float:
 
 def _data_seconds(work: Workload, cluster: Cluster, parameters: int) -> float:
     """Reduction of fp32 gradients, gathering of weights; what computation hides is left out."""
+    hidden = cluster.device.overlap if work.parallel.overlap_gradient_reduction else 0.0
     parallel = work.parallel
     members, span = parallel.data, parallel.tensor * parallel.data
     gradients, weights = 4.0 * parameters, float(work.value_bytes * parameters)
@@ -184,13 +185,13 @@ def _data_seconds(work: Workload, cluster: Cluster, parameters: int) -> float:
             weights, members, span
         )
         seconds = work.num_micro_batches * each
-    return seconds * (1.0 - cluster.device.overlap)
+    return seconds * (1.0 - hidden)
 
 
 def _gathers(work: Workload) -> int:
     """How often ZeRO 3 gathers a weight per micro-batch; small models stay gathered for the backward pass."""
     parameters = sum(stage_parameters(work, stage) for stage in range(work.parallel.pipeline))
-    return 1 if parameters <= 2 * BUCKET_VALUES else 2
+    return 1 if parameters <= LIVE_VALUES else 2
 
 
 def _optimizer_seconds(work: Workload, cluster: Cluster, parameters: int) -> float:

@@ -21,7 +21,6 @@ class Workload:
         num_micro_batches: of one process per optimizer step.
         precision: fp32, or bf16 with fp32 master weights and gradient accumulation.
         on_gpu: kernels of a GPU keep other tensors than those of a CPU.
-        counts_unwritten: count memory that is taken but never written, which costs a CPU nothing.
         decays_all: the optimizer has one group of parameters instead of two.
     """
 
@@ -31,7 +30,6 @@ class Workload:
     num_micro_batches: int
     precision: Literal["fp32", "bf16"] = "bf16"
     on_gpu: bool = True
-    counts_unwritten: bool = True
     decays_all: bool = False
 
     @property

@@ -66,6 +66,7 @@ def test_variants_are_measured_side_by_side(tmp_path: Path, benchmark: Script) -
             "optimizer",
         } <= parts.keys()
         assert one["memory_bytes"] >= 0
+        assert one["planned_bytes"] > 0
     assert (tmp_path / "out" / "train_step.md").read_text() in outcome.output
 
 

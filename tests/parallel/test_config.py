@@ -6,7 +6,7 @@ import pytest
 from pydantic import ValidationError
 
 from parallel.component_config import DecoderConfig, EmbedderConfig
-from parallel.config import ModelConfig, ParallelConfig, check_layout
+from parallel.config import ModelConfig, ParallelConfig, check_layout, check_precision
 from train.selftest_models import MODELS
 
 STACK = {"num_layers": 2, "hidden_size": 32, "num_attention_heads": 4}
@@ -38,6 +38,19 @@ def model(**changes: Any) -> ModelConfig:
 def test_model_settings_that_do_not_fit(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValidationError, match=message):
         model(**changes)
+
+
+@pytest.mark.parametrize(
+    ("layout", "precision", "message"),
+    [
+        ({"zero_stage": 0}, "fp32", "overlap_gradient_reduction=true does nothing with zero_stage=0; use"),
+        ({"pipeline": 2}, "fp32", "overlap_gradient_reduction=true does nothing with pipeline=2.*use pipeline=1"),
+        ({"zero_stage": 1}, "bf16", "overlap_gradient_reduction=true .*zero_stage=1 in bf16.*use .*zero_stage=2 or 3"),
+    ],
+)
+def test_overlap_where_there_is_none(layout: dict[str, int], precision: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        check_precision(ParallelConfig(overlap_gradient_reduction=True, **layout), precision)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
