@@ -16,6 +16,7 @@ import submitit
 from parallel.errors import ConfigurationError
 from parallel.extensions import check_communication_op
 from slurm.identity import LOCAL_ADDRESS, free_port
+from slurm.lost_ranks import LostRanks
 from slurm.task_evaluation import prepare_tasks
 from train.config import RunConfig
 from train.process import INTERACTIVE, STOPPED_STATUS, USER_ERROR_STATUS, ProcessIdentity, RankResult
@@ -70,13 +71,14 @@ def run_local(config: RunConfig, directory: RunDirectory) -> int:
     with _stop_signals() as forwarder:
         job = executor.submit(run_submitit_task, config, free_port(), os.environ.get("CUDA_VISIBLE_DEVICES"))
         forwarder.watch(job)
-        _stream_log(job, forwarder)
-    return _summarize(job, forwarder.received)
+        lost = LostRanks(job)
+        _stream_log(job, forwarder, lost)
+    return _summarize(job, forwarder.received, lost.found)
 
 
-def _summarize(job: Any, received: signal.Signals | None) -> int:
-    """Prints what went wrong, if anything, and gives the exit status."""
-    results = [_result(job.task(rank), rank) for rank in range(job.num_tasks)]
+def _summarize(job: Any, received: signal.Signals | None, lost: set[int]) -> int:
+    """Prints what went wrong, if anything, and gives the exit status; if ranks were lost, others are not to blame."""
+    results = [_result(job.task(rank), rank) for rank in sorted(lost) or range(job.num_tasks)]
     statuses = {result.status for result in results}
     if received and statuses <= {STOPPED_STATUS, KILLED_STATUS}:
         saved = STOPPED_STATUS in statuses
@@ -180,11 +182,12 @@ def _stop_signals() -> Iterator[_StopForwarder]:
             signal.signal(number, handler)
 
 
-def _stream_log(job: Any, forwarder: "_StopForwarder") -> None:
+def _stream_log(job: Any, forwarder: _StopForwarder, lost: LostRanks) -> None:
     """Copies rank 0's log as it grows, until the job has ended."""
     path = job.task(0).paths.stdout if job.num_tasks > 1 else job.paths.stdout
     while not path.exists() and not job.done():
         forwarder.forward()
+        lost.look()
         time.sleep(POLL_SECONDS)
     if not path.exists():
         return
@@ -195,6 +198,7 @@ def _stream_log(job: Any, forwarder: "_StopForwarder") -> None:
             if ended:
                 return
             forwarder.forward()
+            lost.look()
             time.sleep(POLL_SECONDS)
 
 

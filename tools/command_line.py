@@ -3,7 +3,8 @@
 import argparse
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import NoReturn
@@ -22,15 +23,40 @@ def run(main: Callable[[], int | None], *user_errors: type[Exception]) -> NoRetu
         main: The tool; returns the exit status, None for 0.
         *user_errors: Error classes whose message is meant for the user.
     """
-    try:
-        status = main()
-    except user_errors as error:
-        print(f"error: {error}", file=sys.stderr)
-        status = USER_ERROR_STATUS
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        status = INTERRUPTED_STATUS
+    with _noted_interruption() as interrupted:
+        try:
+            status = main()
+        except (Exception, KeyboardInterrupt) as error:
+            # A library may have made another error of Ctrl-C.
+            if interrupted or isinstance(error, KeyboardInterrupt):
+                print("interrupted", file=sys.stderr)
+                status = INTERRUPTED_STATUS
+            elif isinstance(error, user_errors):
+                print(f"error: {error}", file=sys.stderr)
+                status = USER_ERROR_STATUS
+            else:
+                raise
     sys.exit(status)
+
+
+@contextmanager
+def _noted_interruption() -> Iterator[list[int]]:
+    """Ctrl-C raises KeyboardInterrupt as ever, and is in the list from then on."""
+    noted: list[int] = []
+    before = signal.getsignal(signal.SIGINT)
+
+    def note(number: int, frame: FrameType | None) -> None:
+        noted.append(number)
+        signal.default_int_handler(number, frame)
+
+    if before is not signal.default_int_handler:  # a caller wants it otherwise
+        yield noted
+        return
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield noted
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def positive(text: str) -> int:

@@ -212,6 +212,23 @@ def test_signal_during_start_is_not_lost(config_file: Path, delay: float) -> Non
 
 
 @pytest.mark.slow
+def test_a_rank_lost_before_all_have_met_ends_the_job(config_file: Path) -> None:
+    """The other one waits for it, and would for half an hour."""
+    process = subprocess.Popen(
+        [*COMMAND, str(config_file), "train.steps=20000"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    deadline = time.monotonic() + 60
+    ranks: list[psutil.Process] = []
+    while len(ranks) < 2 and time.monotonic() < deadline:
+        ranks = [rank for child in psutil.Process(process.pid).children() for rank in child.children()]
+    min(ranks, key=lambda rank: rank.pid).kill()
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 137
+    assert errors.strip().splitlines()[-1].startswith("error: rank 0 was killed")
+    assert not any(rank.is_running() for rank in ranks)
+
+
+@pytest.mark.slow
 def test_a_killed_rank_ends_the_job_with_its_name(config_file: Path) -> None:
     process = subprocess.Popen(
         [*COMMAND, str(config_file), "train.steps=20000", "logging.every=50"],
