@@ -2,7 +2,7 @@
 
 benchmarks/plan_against_measurement.py [--output FILE]: each layout runs in processes of its own, over gloo. Memory is
 what torch's allocator takes, and resident memory above that after imports, while freed memory goes back to the system.
-The constants for times are fitted to the layouts of one process; those of two are predicted.
+The constants for times are fitted to the layouts of one process and to DP2 with ZeRO 1; all others are predicted.
 """
 
 import sys
@@ -165,11 +165,11 @@ def run_layout(work: Workload, traces_allocator: bool) -> list[Observation]:
 
 
 def fastest(before: list[Observation] | None, now: list[Observation]) -> list[Observation]:
-    """The present measurement, with the steps of an earlier one where those were faster."""
+    """The present measurement, with the steps of an earlier one where those were faster, and its memory if need be."""
     if before is None:
         return now
     return [
-        replace(one, step_seconds=min(one.step_seconds, other.step_seconds))
+        replace(one if one.allocated else other, step_seconds=min(one.step_seconds, other.step_seconds))
         for one, other in zip(now, before, strict=True)
     ]
 
@@ -226,13 +226,18 @@ def memory_table(works: Sequence[Workload], observed: Sequence[list[Observation]
 
 
 def calibrated(works: Sequence[Workload], seconds: Sequence[float]) -> Device:
-    """A CPU with measured limits and efficiencies fitted to the layouts of one process."""
+    """A CPU with measured limits, efficiencies fitted to the layouts of one process, and the speed of gloo to DP2."""
     torch.set_num_threads(1)
     limits = measure_device_limits(torch.device("cpu"), torch.float32)
     rates = {"fp32": limits.flops_per_second, "bf16": limits.flops_per_second}
     device = DEVICES["cpu"].model_copy(update={"flops_per_second": rates, "bytes_per_second": limits.bytes_per_second})
     measured = [Measured(work, one) for work, one in zip(works, seconds, strict=True)]
-    return fit(device, 8, None, [one for one in measured if one.work.parallel.world_size == 1])
+    return fit(device, 8, None, [one for one in measured if is_fitted(one.work.parallel)])
+
+
+def is_fitted(parallel: ParallelConfig) -> bool:
+    """Whether constants are fitted to a layout: it is of one process, or of two that are the simplest there are."""
+    return parallel.world_size == 1 or parallel == ParallelConfig(data=2, zero_stage=1)
 
 
 def time_tables(works: Sequence[Workload], seconds: Sequence[float], device: Device) -> list[str]:

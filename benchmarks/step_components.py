@@ -78,11 +78,19 @@ def _watch(module: nn.Module, name: str, clock: _Clock) -> list[Any]:
     def on(action: Callable[[str], None], what: str) -> Callable[..., None]:
         return lambda *_: action(what)
 
+    def on_forward(action: Callable[[str], None]) -> Callable[..., None]:
+        return lambda *_: action("recomputation" if _is_in_backward() else forward)
+
     handles: list[Any] = [
-        module.register_forward_pre_hook(on(clock.start, forward)),
-        module.register_forward_hook(on(clock.stop, forward)),
+        module.register_forward_pre_hook(on_forward(clock.start)),
+        module.register_forward_hook(on_forward(clock.stop)),
     ]
     if name not in FIRST:  # whose inputs have no gradients, without which there is no end of backward
         handles.append(module.register_full_backward_pre_hook(on(clock.start, backward)))
         handles.append(module.register_full_backward_hook(on(clock.stop, backward)))
     return handles
+
+
+def _is_in_backward() -> bool:
+    """Whether autograd is running, as torch.utils.checkpoint asks it."""
+    return torch._C._current_graph_task_id() != -1

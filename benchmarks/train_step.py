@@ -19,6 +19,7 @@ import shlex
 import statistics
 import subprocess
 import tempfile
+import time
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
@@ -89,13 +90,14 @@ class Processes:
                 )
             )
         self._name = candidate.name
-        self.started = self._answers()
+        self.started: list[dict[str, float]] = []
 
     def ask(self, command: str) -> list[dict[str, float]]:
         """Has all processes do something; returns the answer of each rank."""
         for process in self._processes:
             assert process.stdin is not None
-            process.stdin.write(command + "\n")
+            with suppress(BrokenPipeError):  # it has ended, and answers nothing
+                process.stdin.write(command + "\n")
         return self._answers()
 
     def _answers(self) -> list[dict[str, float]]:
@@ -104,11 +106,18 @@ class Processes:
             assert process.stdout is not None
             line = process.stdout.readline()
             if not line:
-                raise ConfigurationError(f"{self._name}: a process has ended, see its message above")
+                raise ConfigurationError(
+                    f"{self._name}: a process has ended, see its message above; without one it was out of memory"
+                )
             answers.append(json.loads(line))
         return answers
 
     def __enter__(self) -> Self:
+        try:
+            self.started = self._answers()
+        except ConfigurationError:
+            self.__exit__()
+            raise
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -116,9 +125,10 @@ class Processes:
             assert process.stdin is not None
             with suppress(BrokenPipeError):
                 process.stdin.close()
+        deadline = time.monotonic() + 20
         for process in self._processes:
             try:
-                process.wait(timeout=20)
+                process.wait(timeout=max(0.0, deadline - time.monotonic()))
             except subprocess.TimeoutExpired:
                 process.kill()
 
@@ -167,8 +177,8 @@ def parse_arguments() -> argparse.Namespace:
         default=[""],
         metavar="OVERRIDES",
         help='each a string of overrides such as "train.micro_batch_size=4 parallel.tensor=2"; every configuration is '
-        "measured in every variant. Without any: one process, train.micro_batch_size=1. A global batch that is not "
-        "given is one micro-batch per data-parallel rank",
+        "measured in every variant. Unless one says so: parallel.data=1, train.micro_batch_size=1. A global batch that is "
+        "not given is one micro-batch per data-parallel rank",
     )
     add("--against", metavar="COMMIT", help="measure another version of the project too")
     add("--steps", type=positive, default=5, help="measured steps of each (default 5), after one that is not counted")
@@ -202,7 +212,10 @@ def _of_one_round(path: Path, overrides: list[str]) -> RunConfig:
         defaults.append("train.precision=fp32")
     overrides = [*defaults, *overrides]
     values = dict(one.partition("=")[::2] for one in overrides)
-    rows = int(values["train.micro_batch_size"]) * int(values["parallel.data"])
+    try:
+        rows = int(values["train.micro_batch_size"]) * int(values["parallel.data"])
+    except ValueError:
+        return load_config(path, overrides)  # which says what is wrong with them
     return load_config(path, [f"train.global_batch_size={rows}", *overrides])
 
 
@@ -219,9 +232,22 @@ def measure(subjects: Sequence[Candidate], steps: int, threads: int) -> list[Ste
                 print(f"step {number}/{steps}  {answer[0]['step_seconds']:8.3f} s  {candidate.name}", flush=True)
         components = [group.ask("components")[0] for group in processes]
         started = [group.started for group in processes]
-    best = max(rank["yardstick_flops_per_second"] for own in answers for answer in own for rank in answer)
-    parts = zip(subjects, answers, components, started, strict=True)
-    return [_sum_up(candidate, own, best, split, before) for candidate, own, split, before in parts]
+    parts = zip(subjects, answers, _best_rates(subjects, answers), components, started, strict=True)
+    return [_sum_up(candidate, own, best, split, before) for candidate, own, best, split, before in parts]
+
+
+def _best_rates(subjects: Sequence[Candidate], answers: Sequence[list[list[dict[str, float]]]]) -> list[float]:
+    """FLOP/s of the run's fastest product for each candidate: in its precision, on as many devices as it has."""
+    rates = []
+    for candidate in subjects:
+        pairs = zip(subjects, answers, strict=True)
+        alike = [own for other, own in pairs if other.config.train.precision == candidate.config.train.precision]
+        found = [[rank["yardstick_flops_per_second"] for rank in answer] for own in alike for answer in own]
+        if torch.cuda.is_available():
+            rates.append(max(map(max, found)) * candidate.config.parallel.world_size)
+        else:  # processes share the cores
+            rates.append(max(map(sum, found)))
+    return rates
 
 
 def _sum_up(
@@ -304,6 +330,7 @@ def main() -> None:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         dtype = torch.bfloat16 if subjects[0].config.train.precision == "bf16" else torch.float32
         limits = measure_device_limits(device, dtype)
+        torch.cuda.empty_cache()  # the models run in other processes
         results = measure(subjects, arguments.steps, arguments.threads)
     text = report(results, limits)
     (arguments.output / "train_step.md").write_text(text)

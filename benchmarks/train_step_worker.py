@@ -17,6 +17,7 @@ sys.path.insert(0, sys.argv[1])
 # Megatron-core warns at import about optional libraries that this project does not use.
 warnings.filterwarnings("ignore", module=r"megatron\.core")
 
+import psutil
 import torch
 import torch.distributed
 
@@ -47,7 +48,11 @@ class Subject:
         place = initialize_topology(config.parallel)
         dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
         self.config, self.device = config, compute_device()
-        self.stage = build_stage(config.model, config.parallel, dtype)
+        choice = {}
+        if config.parallel.activation_checkpointing == "budget":
+            planning = importlib.import_module("parallel.planning.policies")  # not there in older versions
+            choice["policies"] = planning.stage_policies(config.workload, place.pipeline_rank)
+        self.stage = build_stage(config.model, config.parallel, dtype, **choice)
         train = config.train
         self.engine = StepEngine(self.stage, config.parallel, config.optimizer, train.precision, train.micro_batch_size)
         generator = torch.Generator().manual_seed(place.data_rank)
@@ -60,6 +65,7 @@ class Subject:
     def step(self) -> dict[str, float]:
         """Seconds of one step and its parts, FLOP/s of a large matrix product right before and after, memory."""
         before = self._yardstick()
+        torch.distributed.barrier()  # the wait for another rank's yardstick is no part of the step
         started = self._now()
         self.engine.accumulate(self.batches)
         accumulated = self._now()
@@ -107,7 +113,7 @@ def main() -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print must not get among the answers
     start_process_group()
-    before = peak_memory_bytes()
+    before = 0 if torch.cuda.is_available() else psutil.Process().memory_info().rss
     subject = Subject(RunConfig.model_validate_json(sys.argv[2]))
     commands: dict[str, Callable[[], Any]] = {"step": subject.step, "components": subject.components}
     print(json.dumps({"imports_bytes": before}), file=answers, flush=True)

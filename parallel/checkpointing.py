@@ -14,7 +14,6 @@ POLICIES: tuple[Policy, ...] = ("none", "selective", "layer")
 
 _aten = torch.ops.aten
 KEPT_OPERATIONS = {
-    torch.ops.mkldnn._linear_pointwise.default,  # parallel/products.py
     _aten.mm.default,
     _aten.addmm.default,
     _aten.bmm.default,
@@ -24,6 +23,8 @@ KEPT_OPERATIONS = {
     _aten._scaled_dot_product_efficient_attention.default,
     _aten._scaled_dot_product_cudnn_attention.default,
 }
+if torch.backends.mkldnn.is_available():
+    KEPT_OPERATIONS.add(torch.ops.mkldnn._linear_pointwise.default)  # parallel/products.py
 
 
 def run_checkpointed(

@@ -118,15 +118,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *arrived: Tensor) -> tuple[Tensor | None, ...]:
         (weight,), chosen = ctx.saved_tensors, ctx.targets
-        row_gradient, weight_gradient = ctx.gradients
         # They become the gradients of the parameters, and are not copied if nobody else holds them.
-        del ctx.gradients
+        ready, ctx.gradients = ctx.gradients, None
         factors = arrived[0].flatten()
         factors = factors if chosen.index is None else factors.index_select(0, chosen.index)
-        if len(factors) and bool((factors == factors[0]).all()):
-            row_gradient.mul_(factors[0])
-            weight_gradient.mul_(factors[0])
-        elif len(factors):
+        if ready is not None and bool((factors == factors[:1]).all()):
+            row_gradient, weight_gradient = (gradient.mul_(factors[:1].sum()) for gradient in ready)
+            del ready
+        else:
             _, row_gradient, weight_gradient = _with_gradients(chosen, weight, ctx.chunk_bytes, factors)
         shape = (*arrived[0].shape, weight.shape[1])
         row_gradient = chosen.among_all(row_gradient, arrived[0].numel()).view(shape)

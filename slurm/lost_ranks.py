@@ -29,7 +29,7 @@ class LostRanks:
     def look(self) -> None:
         """Kills the others once a rank has been gone for a while; to be called again and again."""
         now = time.monotonic()
-        if now - self._looked < LOOK_SECONDS:
+        if self.found or now - self._looked < LOOK_SECONDS:
             return
         self._looked = now
         running = self._running()

@@ -16,6 +16,7 @@ from typing import Any
 warnings.filterwarnings("ignore", module=r"megatron\.core")
 
 import yaml
+from pydantic import ValidationError
 
 from evaluation.throughput.equal_budget import Budget, Setting, best_choice, choice_table, judge, parse_budget
 from parallel.config import ParallelConfig
@@ -221,19 +222,28 @@ def calibrate(arguments: argparse.Namespace) -> None:
     """Fits the constants of a device to a benchmark and writes them.
 
     Raises:
-        ConfigurationError: there is no file to write, or the benchmark cannot be read.
+        ConfigurationError: there is no file to write, or the benchmark cannot be read, or is of another kind of device.
     """
     if arguments.output is None:
         raise ConfigurationError("--calibrate needs --output; name the file that --constants is to read")
     benchmark = read_benchmark(arguments.calibrate)
+    on_cpu = benchmark.device.startswith("CPU")
+    if on_cpu != (arguments.gpu == "cpu"):
+        raise ConfigurationError(
+            f"--gpu {arguments.gpu} is not what {arguments.calibrate} was measured on, which is {benchmark.device}; "
+            f"{'use --gpu cpu' if on_cpu else 'name that GPU'}, or run the benchmark on the other device"
+        )
     paths = {path.stem: path for path in [*run_files(REPOSITORY / "configs"), *arguments.configs]}
-    measured = [Measured(measured_workload(one, benchmark, paths), one.step_seconds) for one in benchmark.entries]
+    own = [one for one in benchmark.entries if one.is_of_this_version]
+    measured = [Measured(measured_workload(one, benchmark, paths), one.step_seconds) for one in own]
+    if on_cpu:  # where several processes share what the limits were measured with
+        measured = [one for one in measured if one.work.parallel.world_size == 1]
     start = DEVICES[arguments.gpu]
     rates = dict.fromkeys(start.flops_per_second, benchmark.flops_per_second)
     limits: dict[str, Any] = {"flops_per_second": rates, "bytes_per_second": benchmark.bytes_per_second}
     device = fit(start.model_copy(update=limits), arguments.gpus_per_node, None, measured)
     write_constants(arguments.output, Constants(device=device))
-    print(f"fitted {device.name} to {len(measured)} measured steps: {arguments.output}")
+    print(f"fitted {device.name} to {len(measured)} of {len(benchmark.entries)} measured steps: {arguments.output}")
 
 
 def measured_workload(entry: BenchmarkEntry, benchmark: Benchmark, paths: dict[str, Path]) -> Workload:
@@ -247,8 +257,16 @@ def measured_workload(entry: BenchmarkEntry, benchmark: Benchmark, paths: dict[s
         raise ConfigurationError(f"--calibrate: no configuration is called {stem}; name its file as CONFIG too")
     overrides = [word for word in words if "=" in word]
     precision = "bf16" if benchmark.dtype == "bfloat16" else "fp32"
-    batch = entry.tokens // load_config(paths[stem]).model.sequence_length
-    layout = ParallelConfig.model_validate(entry.layout)
+    of_model = [word for word in overrides if word.startswith("model.")]
+    batch = entry.tokens // load_config(paths[stem], of_model).model.sequence_length
+    try:
+        layout = ParallelConfig.model_validate(entry.layout)
+    except ValidationError as error:
+        place = ".".join(map(str, error.errors()[0]["loc"]))
+        raise ConfigurationError(
+            f"--calibrate: the layout of {entry.name} has {place}, which this version does not know; run the "
+            "benchmark again"
+        ) from None
     defaults = [
         "train.micro_batch_size=1",
         f"train.global_batch_size={batch}",

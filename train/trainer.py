@@ -401,10 +401,10 @@ class Trainer:
         self.watch.saved(self.progress.step)
 
     def _close(self) -> None:
-        self.profiler.close()
         if self.monitor is not None:
             self.monitor.close()
         self.checkpoints.wait()
         self.guard.stop()  # what is left may take long: deletion, copies elsewhere
         self.checkpoints.close()
         self.directory.close()
+        self.profiler.close()

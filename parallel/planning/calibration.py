@@ -56,9 +56,16 @@ def read_constants(path: Path) -> Constants:
 
 
 def write_constants(path: Path, constants: Constants) -> None:
-    """Writes a file of constants."""
+    """Writes a file of constants.
+
+    Raises:
+        ConfigurationError: it cannot be written.
+    """
     text = "# Constants of tools/plan.py --constants, fitted to a benchmark.\n"
-    path.write_text(text + yaml.safe_dump(constants.model_dump(mode="json"), sort_keys=False), encoding="utf-8")
+    try:
+        path.write_text(text + yaml.safe_dump(constants.model_dump(mode="json"), sort_keys=False), encoding="utf-8")
+    except OSError as error:
+        raise ConfigurationError(f"--output {path} cannot be written: {error.strerror}; name another file") from None
 
 
 @dataclass(frozen=True)
@@ -66,7 +73,7 @@ class BenchmarkEntry:
     """One model of benchmarks/train_step.py.
 
     Attributes:
-        name: stem of the configuration's file, then overrides.
+        name: stem of the configuration's file, then overrides, then the version, if several were measured.
         layout: fields of ParallelConfig.
         tokens: of a step.
         step_seconds: median.
@@ -77,11 +84,17 @@ class BenchmarkEntry:
     tokens: int
     step_seconds: float
 
+    @property
+    def is_of_this_version(self) -> bool:
+        """Whether the project as it was then ran it, not one that it was held against."""
+        return all("=" in word or word == "now" for word in self.name.split()[1:])
+
 
 @dataclass(frozen=True)
 class Benchmark:
     """What benchmarks/train_step.py has written: limits of the device, and the steps of models."""
 
+    device: str
     dtype: str
     flops_per_second: float
     bytes_per_second: float
@@ -102,7 +115,7 @@ def read_benchmark(path: Path) -> Benchmark:
             for one in values["results"]
         ]
         flops, moved = float(limits["flops_per_second"]), float(limits["bytes_per_second"])
-        return Benchmark(limits["dtype"], flops, moved, entries)
+        return Benchmark(limits["device"], limits["dtype"], flops, moved, entries)
     except OSError as error:
         reason = error.strerror
     except (KeyError, TypeError) as error:

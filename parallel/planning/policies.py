@@ -1,10 +1,12 @@
 """Which layers recompute what, so that the activations of a process fit into a budget."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from itertools import pairwise
 
 from parallel.checkpointing import POLICIES, Policy
 from parallel.costs import PieceCost
+from parallel.errors import ConfigurationError
 from parallel.planning.activations import piece_activations
 from parallel.planning.memory import activation_bytes
 from parallel.planning.workload import Workload
@@ -14,7 +16,7 @@ GIB = 2**30
 FLOPS_PER_BYTE = 50.0
 
 
-class BudgetError(ValueError):
+class BudgetError(ConfigurationError, ValueError):
     """Not even with all layers recomputed do the activations fit."""
 
 
@@ -33,11 +35,18 @@ def stage_policies(work: Workload, stage: int) -> dict[str, Policy]:
 
 
 def check_budget(work: Workload) -> None:
-    """Checks that the activations of every stage can be made to fit.
+    """Checks that the activations of every stage can be made to fit, on GPU or CPU: who asks may not be who trains.
 
     Raises:
         BudgetError: see stage_policies.
     """
+    try:
+        _check(replace(work, on_gpu=True))
+    except BudgetError:
+        _check(replace(work, on_gpu=False))
+
+
+def _check(work: Workload) -> None:
     for stage in range(work.parallel.pipeline):
         stage_policies(work, stage)
 
@@ -68,7 +77,8 @@ def _cheapest(work: Workload, stage: int, layers: list[PieceCost], budget: float
     for _, _, higher, name in steps:
         if activation_bytes(work, stage, policies) <= budget * GIB:
             return policies
-        policies[name] = higher
+        # A layer may have gone further already, where that costs less per byte.
+        policies[name] = max(policies[name], higher, key=POLICIES.index)
     needed = activation_bytes(work, stage, policies)
     if needed <= budget * GIB:
         return policies

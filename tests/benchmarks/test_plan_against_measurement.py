@@ -7,6 +7,7 @@ import pytest
 from benchmarks.plan_against_measurement import (
     Observation,
     describe,
+    fastest,
     memory_table,
     observe,
     predicted_bytes,
@@ -74,4 +75,10 @@ def test_reports() -> None:
         for one, seconds in zip(works, (1, 2, 3), strict=True)
     ]
     assert len(memory_table(works, observed)) == 2 + 3
-    assert time_tables(works, [1.0, 2.0, 3.0], DEVICES["cpu"])[-1].endswith("of 1 pairs")
+    agreeing = [
+        time_tables(works, seconds, DEVICES["cpu"])[-1].split(": ")[1] for seconds in ([1.0, 2.0, 3.0], [1.0, 3.0, 2.0])
+    ]
+    assert sorted(agreeing) == ["0 of 1 pairs", "1 of 1 pairs"]
+    earlier = [Observation(1, 2, 3, step_seconds=1.0)]
+    assert fastest(earlier, [Observation(0, 0, 0, step_seconds=2.0)]) == earlier
+    assert fastest(earlier, [Observation(4, 5, 6, step_seconds=2.0)]) == [Observation(4, 5, 6, step_seconds=1.0)]

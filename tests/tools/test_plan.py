@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from parallel.planning.calibration import Benchmark, BenchmarkEntry
 from tests.tools.outcomes import Script
+from tools.plan import measured_workload
 from train.config_file import load_config
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -55,21 +57,32 @@ def test_calibration(plan: Script, tmp_path: Path) -> None:
     record = {
         "limits": {"device": "CPU", "dtype": "float32", "flops_per_second": 1e11, "bytes_per_second": 2e10},
         "results": [
-            {
-                "name": "block_main_b4_5 train.micro_batch_size=2",
-                "layout": {"zero_stage": 1},
-                "tokens": 2 * 2048,
-                "step_seconds": [2.0, 2.1, 2.2],
-            }
+            {"name": f"block_main_b4_5 {name}", "layout": layout, "tokens": tokens, "step_seconds": [2.0, 2.1, 2.2]}
+            for name, layout, tokens in (
+                ("train.micro_batch_size=2 now", {"zero_stage": 1}, 2 * 2048),
+                ("train.micro_batch_size=2 abc1234", {"zero_stage": 1}, 2 * 2048),
+                ("model.sequence_length=8192 now", {"zero_stage": 1}, 8192),
+                ("parallel.data=2 now", {"data": 2}, 2 * 2048),
+            )
         ],
     }
     (tmp_path / "train_step.json").write_text(json.dumps(record))
     constants = tmp_path / "constants.yaml"
     outcome = plan("--calibrate", tmp_path / "train_step.json", "--gpu", "cpu", "--output", constants)
     assert outcome.status == 0, outcome.errors
-    assert "fitted cpu to 1 measured steps" in outcome.output
+    assert "fitted cpu to 2 of 4 measured steps" in outcome.output
     found = json.loads(plan(SMALL, "--gpus", 1, "--constants", constants, "--json").output)
     assert found
+    outcome = plan("--calibrate", tmp_path / "train_step.json", "--gpu", "h100-80g", "--output", constants)
+    assert "--gpu h100-80g is not what" in outcome.errors[-1]
+    assert "which is CPU; use --gpu cpu" in outcome.errors[-1]
+
+
+def test_a_measured_step_has_the_batch_that_it_ran_with() -> None:
+    entry = BenchmarkEntry("block_main_b4_5 model.sequence_length=8192", {}, tokens=3 * 8192, step_seconds=1.0)
+    paths = {"block_main_b4_5": ROOT / "configs" / "paper" / "block_main_b4_5.yaml"}
+    work = measured_workload(entry, Benchmark("CPU", "float32", 1e11, 1e10, [entry]), paths)
+    assert (work.micro_batch_size, work.num_micro_batches, work.model.sequence_length) == (1, 3, 8192)
 
 
 @pytest.mark.parametrize(

@@ -65,8 +65,11 @@ def test_the_bubble_shrinks_with_micro_batches() -> None:
     assert balance == same <= 1.0
     assert many < alone
     assert stage_balance(work(count=4)) == (pytest.approx(0.0), 1.0)
-    ratio = balance * 2  # both stages' work over that of the slowest
-    assert alone == pytest.approx(1 - balance / ratio)
+    for count in (1, 3, 8):
+        idle, balance = stage_balance(work(count=count, pipeline=2))
+        slower, faster = 1.0, 2.0 * balance - 1.0  # the stages' times per micro-batch
+        lasts = faster + count * slower
+        assert idle == pytest.approx(1.0 - count * (slower + faster) / 2 / lasts)
 
 
 def test_the_search_finds_only_what_is_allowed_and_fits() -> None:
