@@ -177,8 +177,8 @@ def parse_arguments() -> argparse.Namespace:
         default=[""],
         metavar="OVERRIDES",
         help='each a string of overrides such as "train.micro_batch_size=4 parallel.tensor=2"; every configuration is '
-        "measured in every variant. Unless one says so: parallel.data=1, train.micro_batch_size=1. A global batch that is "
-        "not given is one micro-batch per data-parallel rank",
+        "measured in every variant. Unless one says so: parallel.data=1, train.micro_batch_size=1. A global batch that "
+        "is not given is one micro-batch per data-parallel rank",
     )
     add("--against", metavar="COMMIT", help="measure another version of the project too")
     add("--steps", type=positive, default=5, help="measured steps of each (default 5), after one that is not counted")
