@@ -2,6 +2,7 @@
 
 import itertools
 import os
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import cache
@@ -95,13 +96,21 @@ def initialize_topology(parallel: ParallelConfig) -> Coordinates:
             f"{parallel.world_size}"
         )
     adapt_megatron_to_cpu()
-    parallel_state.destroy_model_parallel()
+    _release_topology()
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
         create_gloo_process_groups=False,
     )
     return coordinates()
+
+
+def _release_topology() -> None:
+    """Ends the groups of the topology before, which Megatron-core 0.16.1 forgets with all their threads running."""
+    for group in (parallel_state._global_process_group_list or [])[1:]:
+        with suppress(ValueError):  # it ended with the world's group
+            torch.distributed.destroy_process_group(group)
+    parallel_state.destroy_model_parallel()
 
 
 def coordinates() -> Coordinates:

@@ -267,11 +267,14 @@ def _variant_cases() -> list[Case]:
     """Every variant of the model, under tensor and pipeline parallelism."""
     return [
         *(
-            _case(f"TP2, selective, {name}", tensor=2, model=name, checkpointing="selective")
+            _case(f"TP2, selective, {name}", tensor=2, model=name, checkpointing="selective", micro_batch_size=2)
             for name in VARIANTS
             if name not in SEQUENCE_PARALLEL
         ),
-        *(_case(f"TP2 + sequence parallel, {name}", tensor=2, sequence=True, model=name) for name in SEQUENCE_PARALLEL),
+        *(
+            _case(f"TP2 + sequence parallel, {name}", tensor=2, sequence=True, model=name, micro_batch_size=2)
+            for name in SEQUENCE_PARALLEL
+        ),
         _case("TP2, Qwen3", tensor=2, model="Qwen3"),
         _case("TP2 + block parallel", tensor=2, blocks=True),
         _case("TP2 + block parallel, ZeRO 2", tensor=2, zero=2, blocks=True),

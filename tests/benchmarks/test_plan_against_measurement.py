@@ -6,6 +6,7 @@ import pytest
 
 from benchmarks.plan_against_measurement import (
     Observation,
+    allocated_bytes,
     describe,
     fastest,
     memory_table,
@@ -49,13 +50,14 @@ LAYOUTS = {
 
 
 def allocated(works: list[Workload]) -> list[int]:
-    return [observe(one, steps=2).allocated for one in works]
+    """Gloo now and then frees its copies only during the next step: where it is used, the least of three."""
+    return [min(allocated_bytes(one) for _ in range(1 if one.parallel.world_size == 1 else 3)) for one in works]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", LAYOUTS)
 def test_predicted_memory_is_what_is_allocated(processes: int) -> None:
-    """On the first rank of each stage or the last, which hold alike: gloo frees its copies late on one or the other."""
+    """Where there is one stage, on either rank, which hold alike."""
     by_rank = run_processes(processes, allocated, LAYOUTS[processes])
     for number, one in enumerate(LAYOUTS[processes]):
         ranks = (
@@ -66,6 +68,14 @@ def test_predicted_memory_is_what_is_allocated(processes: int) -> None:
         for rank in ranks:
             predicted = predicted_bytes(one, rank)
             assert predicted == pytest.approx(by_rank[rank][number], rel=TOLERANCE), (describe(one), rank)
+
+
+@pytest.mark.slow
+def test_an_observation_has_all_its_numbers() -> None:
+    seen = run_processes(1, observe, LAYOUTS[1][-1], 2)[0]
+    assert seen.allocated == pytest.approx(predicted_bytes(LAYOUTS[1][-1], 0), rel=TOLERANCE)
+    assert min(seen.resident, seen.kept) > seen.allocated / 2
+    assert seen.step_seconds > 0
 
 
 def test_reports() -> None:
