@@ -66,6 +66,9 @@ def _components(engine: StepEngine) -> list[tuple[str, nn.Module]]:
         piece = engine.stage.piece(name)
         if isinstance(piece, DecoderLayer):
             decoder = name.split(".")[0].replace("_", " ")
+            if getattr(piece, "compiled", None):  # hooks inside would be compiled too; older versions have none
+                found.append((f"{decoder}, layers", piece))
+                continue
             found += [(f"{decoder}, attention", piece.attention), (f"{decoder}, feed-forward", piece.feed_forward)]
         else:
             found.append((HEAD if name.endswith(".output") and "block" not in name else name, piece))

@@ -54,6 +54,8 @@ class Subject:
             choice["policies"] = planning.stage_policies(config.workload, place.pipeline_rank)
         self.stage = build_stage(config.model, config.parallel, dtype, **choice)
         train = config.train
+        if getattr(train, "compile_layers", False):
+            importlib.import_module("parallel.compilation").compile_layers(self.stage)
         self.engine = StepEngine(self.stage, config.parallel, config.optimizer, train.precision, train.micro_batch_size)
         generator = torch.Generator().manual_seed(place.data_rank)
         count = config.train.global_batch_size // (config.parallel.data * train.micro_batch_size)
@@ -81,13 +83,21 @@ class Subject:
 
     def components(self) -> dict[str, float]:
         """Seconds of a step by component; with hooks and waits, so it is somewhat slower than others."""
+        compiling = self._compile_seconds()
         seconds: dict[str, float] = COMPONENTS.timed_components(self.engine, self.batches)
         if self.config.parallel.world_size > 1:
             sending = SURROUNDINGS.communication_seconds(self.engine, self.batches)
             seconds["communication, in the step and partly beside the rest of it"] = sending
         seconds["data, before the step"] = SURROUNDINGS.data_seconds(self.config, self.device)
         seconds["logging, after it"] = SURROUNDINGS.logging_seconds(self.config)
+        if compiling:
+            seconds["compilation, once"] = compiling
         return seconds
+
+    def _compile_seconds(self) -> float:
+        if not getattr(self.config.train, "compile_layers", False):
+            return 0.0
+        return float(importlib.import_module("parallel.compilation").compile_seconds())
 
     def _random_batch(self, generator: torch.Generator) -> MicroBatch:
         shape = self.config.train.micro_batch_size, self.config.model.sequence_length

@@ -1,5 +1,7 @@
 """The transformer layer that the block decoder, the token decoder and the vanilla model are stacks of."""
 
+from collections.abc import Callable
+
 import torch
 from megatron.core.tensor_parallel import RowParallelLinear
 from megatron.core.transformer import TransformerConfig
@@ -34,16 +36,20 @@ class DecoderLayer(nn.Module):
         self.attention = SelfAttention(self.stack, backbone, megatron, sequence_first=not is_local)
         self.feed_forward_norm = build_norm(self.stack.hidden_size, backbone, megatron)
         self.feed_forward = FeedForward(self.stack, backbone, megatron)
+        self.compiled: Callable[[Tensor, Tensor | None], Tensor] | None = None  # parallel/compilation.py
 
     def forward(self, hidden: Tensor, inputs: ModelInputs) -> Tensor:
         """Maps hidden states to hidden states of the same shape."""
         mask = inputs.local_mask if self.is_local else inputs.global_mask
-        if self.policy == "none" or not torch.is_grad_enabled():
-            return self._transform(hidden, mask)
+        if not torch.is_grad_enabled():
+            return self.transform(hidden, mask)
+        if self.policy == "none":
+            return (self.compiled or self.transform)(hidden, mask)
         row_parallel = [module.weight for module in self.modules() if isinstance(module, RowParallelLinear)]
-        return run_checkpointed(self._transform, hidden, mask, self.policy == "selective", row_parallel)
+        return run_checkpointed(self.transform, hidden, mask, self.policy == "selective", row_parallel)
 
-    def _transform(self, hidden: Tensor, mask: Tensor | None) -> Tensor:
+    def transform(self, hidden: Tensor, mask: Tensor | None) -> Tensor:
+        """The layer itself, with nothing computed again."""
         attended: Tensor = self.attention(self.attention_norm(hidden), mask)
         return self._feed(hidden, hidden + attended)
 
@@ -66,7 +72,8 @@ class CrossAttentionLayer(DecoderLayer):
         self.cross_attention_norm = build_norm(self.stack.hidden_size, config.backbone, megatron)
         self.cross_attention = CrossAttention(self.stack, config.backbone, megatron)
 
-    def _transform(self, hidden: Tensor, mask: Tensor | None) -> Tensor:
+    def transform(self, hidden: Tensor, mask: Tensor | None) -> Tensor:
+        """See DecoderLayer.transform."""
         tokens, context = hidden[:, : -self.num_context_vectors], hidden[:, -self.num_context_vectors :]
         attended: Tensor = tokens + self.attention(self.attention_norm(tokens), mask)
         source = tokens if self.is_parallel else attended

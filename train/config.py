@@ -70,6 +70,11 @@ class TrainConfig(BaseModel):
         default=None, ge=1, description="Threads per process on CPU; default: the machine's cores / local processes."
     )
 
+    compile_layers: bool = Field(
+        default=False,
+        description="Compile decoder layers with torch.compile during the first step; those that "
+        "`parallel.activation_checkpointing` computes again are not. Measure it: docs/performance.md.",
+    )
     profile: bool = Field(
         default=False,
         description="Write a trace of two steps for TensorBoard and Perfetto, and the use of memory, to "
@@ -248,6 +253,7 @@ class RunConfig(BaseModel):
             )
         check_precision(self.parallel, self.train.precision)
         self._check_isolation()
+        self._check_compilation()
         if self.parallel.activation_checkpointing == "budget":
             from parallel.planning.policies import check_budget
 
@@ -260,4 +266,19 @@ class RunConfig(BaseModel):
             raise ValueError(
                 "data.isolate_documents=true needs data.pad_to_block_boundary=true, but it is false for the source "
                 f"{', '.join(mixing)}: a block of two documents belongs to neither; change either"
+            )
+
+    def _check_compilation(self) -> None:
+        if not self.train.compile_layers:
+            return
+        policy = self.parallel.activation_checkpointing
+        if policy in ("selective", "layer"):
+            raise ValueError(
+                f"train.compile_layers=true has nothing to compile with parallel.activation_checkpointing={policy}, "
+                "which computes all layers again; set that to none or budget, or train.compile_layers=false"
+            )
+        if self.parallel.zero_stage == 3:
+            raise ValueError(
+                "train.compile_layers=true does not go with parallel.zero_stage=3, which gathers parameters inside "
+                "layers; set that to 2, or train.compile_layers=false"
             )

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from checkpoints.engine_state import engine_fragments
 from checkpoints.records import Fragment
+from parallel.compilation import compile_layers
 from parallel.config import ModelConfig, ParallelConfig
 from parallel.cpu_adaptation import compute_device
 from parallel.inputs import MicroBatch, count_targets, target_mask
@@ -52,6 +53,7 @@ class Case:
     micro_batch_size: int = 1
     precision: Literal["fp32", "bf16"] = "fp32"
     model: str = "block"  # one of selftest_models.MODELS
+    compiled: bool = False
 
     @property
     def tolerance(self) -> float:
@@ -147,6 +149,9 @@ def train_case(config: ModelConfig, case: Case) -> Trajectory:
     num_micro_batches = GLOBAL_BATCH // (case.parallel.data * case.micro_batch_size)
     work = Workload(config, case.parallel, case.micro_batch_size, num_micro_batches, case.precision, on_gpu=False)
     stage = build_stage(config, case.parallel, dtype, policies=stage_policies(work, place.pipeline_rank))
+    if case.compiled:
+        torch.compiler.reset()  # the cases before have other shapes
+        compile_layers(stage)
     engine = StepEngine(stage, case.parallel, OPTIMIZER, case.precision, case.micro_batch_size)
     result = Trajectory()
     for step in range(NUM_STEPS):
@@ -251,6 +256,8 @@ def _paper_cases() -> list[Case]:
             _case(f"DP2, ZeRO {zero}, bf16, overlap", data=2, zero=zero, precision="bf16", overlap=True)
             for zero in (2, 3)
         ),
+        _case("TP2 + sequence parallel, compiled", tensor=2, sequence=True, compiled=True),
+        _case("DP2, ZeRO 2, bf16, compiled", data=2, zero=2, precision="bf16", compiled=True),
         _case("TP2 x DP2 + sequence parallel, overlap", tensor=2, data=2, sequence=True, overlap=True),
         *(_case(f"TP2 x PP2, ZeRO {zero}", tensor=2, pipeline=2, zero=zero, sequence=zero == 1) for zero in (0, 1)),
         _case("TP2 x DP2, ZeRO 1", tensor=2, data=2),
@@ -280,6 +287,7 @@ def _variant_cases() -> list[Case]:
         _case("TP2 + block parallel, ZeRO 2", tensor=2, zero=2, blocks=True),
         _case("TP2 + sequence and block parallel", tensor=2, sequence=True, blocks=True),
         _case("TP2 + block parallel, cross-attention", tensor=2, blocks=True, model="cross-attention"),
+        _case("one process, cross-attention, compiled", model="cross-attention", compiled=True),
         _case("TP2 x PP2 + block parallel", tensor=2, pipeline=2, blocks=True),
         _case("TP2 x DP2 + block parallel, ZeRO 3", tensor=2, data=2, zero=3, blocks=True),
         _case("TP2, ZeRO 3, Qwen2, tied", tensor=2, zero=3, model="Qwen2, tied"),

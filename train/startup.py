@@ -41,6 +41,11 @@ class StartupClock:
         self.seconds[phase] = now - self._last
         self._last = now
 
+    def split(self, phase: str, part: str, seconds: float) -> None:
+        """Makes a part of the last phase, which took so many seconds of it, a phase of its own before it."""
+        rest = self.seconds.pop(phase) - seconds
+        self.seconds |= {part: seconds, phase: rest}
+
     @property
     def total(self) -> float:
         """Seconds of all phases so far."""

@@ -12,6 +12,7 @@ from torch.profiler import record_function
 from checkpoints.engine_state import load_master_weights, load_optimizer, load_weights
 from checkpoints.fragments import FragmentReader
 from checkpoints.store import LoadedCheckpoint
+from parallel.compilation import compile_layers, compile_seconds
 from parallel.config import ParallelConfig
 from parallel.cpu_adaptation import compute_device
 from parallel.inputs import MicroBatch
@@ -166,6 +167,8 @@ class Trainer:
         reader = FragmentReader(source) if source else None
         if reader:
             load_weights(stage, reader)
+        if config.train.compile_layers:
+            compile_layers(stage)
         self.engine = StepEngine(
             stage, config.parallel, config.optimizer, config.train.precision, config.train.micro_batch_size
         )
@@ -318,6 +321,8 @@ class Trainer:
 
     def _report_startup(self) -> None:
         self.clock.reached("first_step")
+        if self.config.train.compile_layers:
+            self.clock.split("first_step", "compilation", compile_seconds())
         if self.monitor is not None and self.attempt is not None:
             self.monitor.started(self._first_step, self.clock)
             self.attempt.first_step_done(self.clock.seconds)

@@ -71,6 +71,18 @@ def test_relative_paths_start_at_the_repository_or_the_working_directory(
     assert moved.directory == tmp_path / "out" / "quickstart"
 
 
+@pytest.mark.parametrize(
+    ("layout", "message"),
+    [
+        ("parallel.activation_checkpointing=layer", "nothing to compile with parallel.activation_checkpointing=layer"),
+        ("parallel.zero_stage=3", "does not go with parallel.zero_stage=3"),
+    ],
+)
+def test_layers_that_cannot_be_compiled(layout: str, message: str) -> None:
+    with pytest.raises(ConfigurationError, match=rf"train\.compile_layers=true.*{message}.*set that to"):
+        load_config(QUICKSTART, ["train.compile_layers=true", layout])
+
+
 def test_several_mistakes_are_all_named() -> None:
     with pytest.raises(ConfigurationError, match=r"train\.steps=-1.*unknown field optimizer\.lr"):
         load_config(QUICKSTART, ["train.steps=-1", "optimizer.lr=1"])

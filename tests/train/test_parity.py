@@ -23,7 +23,7 @@ def run_cases(world_size: int, group: str) -> list[Comparison]:
     [
         (1, "paper"),
         *(pytest.param(size, "paper", marks=slow) for size in (2, 4, 8)),
-        *(pytest.param(size, "variants", marks=slow) for size in (2, 4)),
+        *(pytest.param(size, "variants", marks=slow) for size in (1, 2, 4)),
     ],
 )
 def test_parity(world_size: int, group: str) -> None:

@@ -1,0 +1,36 @@
+"""torch.compile of decoder layers.
+
+What surrounds the matrix products is compiled: norms, rotary positions, attention, activations, residual sums. The
+products are called as they are: a GPU's libraries are as fast, the compiler cannot lower oneDNN's
+(parallel/products.py), and the collectives of tensor parallelism keep their order.
+"""
+
+import warnings
+
+import torch
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from torch import nn
+from torch._dynamo.utils import calculate_time_spent
+
+from parallel.decoder_layer import DecoderLayer
+from parallel.linear import SharedRowsLinear
+
+
+def compile_layers(model: nn.Module) -> None:
+    """Has decoder layers compiled when training first calls them; those of one shape share the code.
+
+    Layers that are computed again in backward stay as they are, since torch does that without the compiler, and so
+    does evaluation, whose batches have other shapes.
+    """
+    # The tables of rotary positions, which become part of the compiled code.
+    warnings.filterwarnings("ignore", message="Dynamo detected a call to a `functools.lru_cache`")
+    for module in model.modules():
+        if isinstance(module, ColumnParallelLinear | RowParallelLinear | SharedRowsLinear):
+            module.forward = torch.compiler.disable(module.forward)  # type: ignore[method-assign]
+        elif isinstance(module, DecoderLayer):
+            module.compiled = torch.compile(module.transform, dynamic=False)
+
+
+def compile_seconds() -> float:
+    """Time that this process has spent on compilation so far."""
+    return float(calculate_time_spent()["total_wall_time"])
