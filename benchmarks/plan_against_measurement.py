@@ -263,7 +263,8 @@ def main() -> None:
     """Measures, predicts and prints."""
     parser = argparse.ArgumentParser(description="Compares the planner with measurements on CPU processes.")
     parser.add_argument("--output", type=Path, help="JSON file of measurements; what it holds is not measured again")
-    parser.add_argument("--only", type=int, nargs="+", metavar="N", help="numbers of the layouts to run, from 0")
+    numbers = range(len(layouts()))
+    parser.add_argument("--only", type=int, nargs="+", metavar="N", choices=numbers, help="layouts to run, from 0")
     parser.add_argument("--again", action="store_true", help="measure all once more; the fastest steps count")
     parser.add_argument("--times-only", action="store_true", help="do not trace the allocator, which takes long")
     arguments = parser.parse_args()

@@ -182,7 +182,12 @@ def parse_arguments() -> argparse.Namespace:
     )
     add("--against", metavar="COMMIT", help="measure another version of the project too")
     add("--steps", type=positive, default=5, help="measured steps of each (default 5), after one that is not counted")
-    add("--threads", type=positive, default=os.cpu_count(), help="CPU threads of each model, shared by its processes")
+    add(
+        "--threads",
+        type=positive,
+        default=len(os.sched_getaffinity(0)),
+        help="CPU threads of each model, shared by its processes",
+    )
     add("--output", type=Path, required=True, help="folder for train_step.json and train_step.md")
     return parser.parse_args()
 

@@ -10,6 +10,7 @@ if Path(sys.path[0]).resolve() == Path(__file__).resolve().parent:
 import argparse
 import json
 import warnings
+from collections.abc import Collection
 from typing import Any
 
 # Megatron-core warns at import about optional libraries that this project does not use.
@@ -158,7 +159,7 @@ def plan(arguments: argparse.Namespace, cluster: Cluster, config: RunConfig) -> 
 def compare(arguments: argparse.Namespace, cluster: Cluster, runs: dict[str, RunConfig]) -> None:
     """Says which of several models to train for the budgets."""
     budgets = chosen_budgets(arguments)
-    losses, setting = chosen_losses(arguments.losses), chosen_setting(arguments.setting, arguments.batch_size)
+    losses, setting = chosen_losses(arguments.losses, runs), chosen_setting(arguments.setting, arguments.batch_size)
     choices = []
     for name, config in runs.items():
         training = training_of(config)
@@ -188,11 +189,11 @@ def chosen_budgets(arguments: argparse.Namespace) -> tuple[Budget | None, Budget
     )
 
 
-def chosen_losses(given: list[str]) -> dict[str, float]:
+def chosen_losses(given: list[str], names: Collection[str]) -> dict[str, float]:
     """The paper's losses, and over them those of the command line.
 
     Raises:
-        ConfigurationError: one is not NAME=NUMBER.
+        ConfigurationError: one is not NAME=NUMBER, or no model that is compared has that name.
     """
     losses: dict[str, float] = yaml.safe_load(PAPER_LOSSES.read_text(encoding="utf-8"))
     for one in given:
@@ -203,6 +204,8 @@ def chosen_losses(given: list[str]) -> dict[str, float]:
             separator = ""
         if not separator:
             raise ConfigurationError(f"--losses {one} is not NAME=LOSS, such as block_main_b4_85=2.75")
+        if name not in names:
+            raise ConfigurationError(f"--losses {one}: no model is called {name}; there are {', '.join(names)}")
     return losses
 
 

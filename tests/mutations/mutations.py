@@ -397,4 +397,32 @@ MUTATIONS = (
         "parameter.sequence_parallel = False",
         VARIANTS,
     ),
+    Mutation(
+        "the head makes the logits of all targets at once",
+        "parallel/linear_cross_entropy.py",
+        "size = math.ceil(rows / math.ceil(rows / most)) if rows else 1",
+        "size = rows or 1",
+        "tests/parallel/test_linear_cross_entropy.py::test_logits_of_all_targets_are_never_held",
+    ),
+    Mutation(
+        "a block-parallel token decoder is split over its matrices as well",
+        "parallel/stage.py",
+        "build_piece(name, self.model_config, undivided(megatron), policy)",
+        "build_piece(name, self.model_config, megatron, policy)",
+        "tests/parallel/test_block_parallel.py::test_its_layers_send_nothing",
+    ),
+    Mutation(
+        "compiled layers are not called",
+        "parallel/decoder_layer.py",
+        "(self.compiled or self.transform)(hidden, mask)",
+        "self.transform(hidden, mask)",
+        "tests/parallel/test_compilation.py::test_layers_are_compiled_when_training_calls_them",
+    ),
+    Mutation(
+        "the groups of a topology outlive it",
+        "parallel/topology.py",
+        "torch.distributed.destroy_process_group(group)",
+        "pass",
+        "tests/parallel/test_topology.py::test_a_new_topology_ends_the_groups_of_the_one_before",
+    ),
 )

@@ -74,6 +74,9 @@ def main() -> int:
     """Checks that the tests pass without any bug, then plants one after the other; status 1 if one goes unnoticed."""
     part = sys.argv[1] if len(sys.argv) > 1 else ""
     chosen = [mutation for mutation in MUTATIONS if part in mutation.name]
+    if not chosen:
+        print(f"error: no planted bug has {part!r} in its name; see docs/testing.md", file=sys.stderr)
+        return 2
     use_extension_cache()  # the copy must not build DeepSpeed's op again
     unnoticed = 0
     with tempfile.TemporaryDirectory() as temporary:

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks.allocations import traced_allocations
 from parallel.config import ParallelConfig
 from parallel.linear_cross_entropy import linear_cross_entropy, score_targets
 from parallel.topology import coordinates, initialize_topology
@@ -52,6 +53,15 @@ def test_losses_and_gradients(valid_targets: int, rows_per_chunk: int) -> None:
     with torch.no_grad():
         again = linear_cross_entropy(hidden, weight, targets, valid, rows_per_chunk * ROW_BYTES)
     torch.testing.assert_close(again, ours.detach(), rtol=1e-6, atol=1e-6)
+
+
+def test_logits_of_all_targets_are_never_held() -> None:
+    rows, width, vocab, chunk = 1024, 8, 4096, 2**20
+    hidden, weight = torch.randn(rows, width, requires_grad=True), torch.randn(vocab, width, requires_grad=True)
+    targets, valid = torch.zeros(rows, dtype=torch.long), torch.ones(rows, dtype=torch.bool)
+    with traced_allocations() as taken:
+        linear_cross_entropy(hidden, weight, targets, valid, chunk).sum().backward()
+    assert chunk <= taken.peak < 3 * chunk < 4 * rows * vocab
 
 
 def test_bf16_is_as_good_as_its_logits() -> None:

@@ -1,6 +1,7 @@
 """Process groups one after another in the same processes, as the stages of an uptraining under torchrun start them."""
 
 import os
+from pathlib import Path
 
 import torch.distributed
 
@@ -46,3 +47,18 @@ def test_the_data_parallel_rank_is_known_without_a_process_group() -> None:
     layouts = [ParallelConfig(tensor=2, data=2), ParallelConfig(pipeline=2, data=2), ParallelConfig(data=4)]
     for ranks in run_processes(4, _data_ranks, layouts):
         assert all(actual == computed for actual, computed in ranks)
+
+
+def _threads_after_each(layouts: list[ParallelConfig]) -> list[int]:
+    threads = []
+    for layout in layouts:
+        topology.initialize_topology(layout)
+        torch.distributed.barrier()
+        threads.append(len(list(Path("/proc/self/task").iterdir())))
+    return threads
+
+
+def test_a_new_topology_ends_the_groups_of_the_one_before() -> None:
+    layouts = [ParallelConfig(tensor=2), ParallelConfig(pipeline=2)] * 3
+    for threads in run_processes(2, _threads_after_each, layouts):
+        assert threads[-2:] == threads[:2]

@@ -100,6 +100,7 @@ def test_a_measured_step_has_the_batch_that_it_ran_with() -> None:
             "--train-budget=5 is not a positive number with one of the units",
         ),
         ((SMALL, "--gpus", 1, "--losses", "x"), "--losses x is not NAME=LOSS"),
+        ((SMALL, "--gpus", 1, "--losses", "x=2"), "--losses x=2: no model is called x; there are block_main_b4_5"),
         ((SMALL, SMALL, "--gpus", 1), "two of .* have the same name"),
         ((SMALL, "--gpus", 1, "--constants", "none.yaml"), "--constants none.yaml cannot be read"),
         (("--calibrate", "none.json"), "--calibrate needs --output"),
