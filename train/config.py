@@ -72,8 +72,9 @@ class TrainConfig(BaseModel):
 
     compile_layers: bool = Field(
         default=False,
-        description="Compile decoder layers with torch.compile during the first step; those that "
-        "`parallel.activation_checkpointing` computes again are not. Measure it: docs/performance.md.",
+        description="Compile decoder layers with torch.compile, during the first step and once more when the first "
+        "batch with padding comes; those that `parallel.activation_checkpointing` computes again are not. Measure "
+        "it: docs/performance.md.",
     )
     profile: bool = Field(
         default=False,

@@ -150,7 +150,6 @@ def train_case(config: ModelConfig, case: Case) -> Trajectory:
     work = Workload(config, case.parallel, case.micro_batch_size, num_micro_batches, case.precision, on_gpu=False)
     stage = build_stage(config, case.parallel, dtype, policies=stage_policies(work, place.pipeline_rank))
     if case.compiled:
-        torch.compiler.reset()  # the cases before have other shapes
         compile_layers(stage)
     engine = StepEngine(stage, case.parallel, OPTIMIZER, case.precision, case.micro_batch_size)
     result = Trajectory()

@@ -164,11 +164,11 @@ class Trainer:
         seed = None if source else config.run.seed
         policies = stage_policies(config.workload, self.place.pipeline_rank)
         stage = build_stage(config.model, config.parallel, dtype, seed, policies=policies)
+        if config.train.compile_layers:
+            compile_layers(stage)
         reader = FragmentReader(source) if source else None
         if reader:
             load_weights(stage, reader)
-        if config.train.compile_layers:
-            compile_layers(stage)
         self.engine = StepEngine(
             stage, config.parallel, config.optimizer, config.train.precision, config.train.micro_batch_size
         )
