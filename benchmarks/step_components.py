@@ -11,6 +11,7 @@ from torch import nn
 from parallel.decoder_layer import DecoderLayer
 from parallel.device_limits import synchronize
 from parallel.inputs import MicroBatch
+from parallel.stage import Stage
 from train.step import StepEngine
 
 # The head computes its gradients with its loss, in forward.
@@ -47,7 +48,7 @@ def timed_components(engine: StepEngine, batches: Sequence[MicroBatch]) -> dict[
         Seconds; what is in none of the components is "other".
     """
     clock = _Clock(batches[0].token_ids.device)
-    handles = [handle for name, module in _components(engine) for handle in _watch(module, name, clock)]
+    handles = [handle for name, module in components(engine.stage) for handle in _watch(module, name, clock)]
     clock.start("step")
     engine.accumulate(batches)
     clock.start("optimizer")
@@ -60,10 +61,11 @@ def timed_components(engine: StepEngine, batches: Sequence[MicroBatch]) -> dict[
     return {**clock.seconds, "other": whole - sum(clock.seconds.values()), "step": whole}
 
 
-def _components(engine: StepEngine) -> list[tuple[str, nn.Module]]:
+def components(stage: Stage) -> list[tuple[str, nn.Module]]:
+    """The modules that are timed, and by what name; compiled layers as a whole."""
     found: list[tuple[str, nn.Module]] = []
-    for name in engine.stage.names:
-        piece = engine.stage.piece(name)
+    for name in stage.names:
+        piece = stage.piece(name)
         if isinstance(piece, DecoderLayer):
             decoder = name.split(".")[0].replace("_", " ")
             if getattr(piece, "compiled", None):  # hooks inside would be compiled too; older versions have none

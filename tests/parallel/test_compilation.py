@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from benchmarks.step_components import HEAD, components
 from parallel.compilation import compile_layers, compile_seconds
 from parallel.config import ParallelConfig
 from parallel.stage import build_stage
@@ -20,8 +21,8 @@ def compiler() -> None:
 def test_layers_are_compiled_when_training_calls_them() -> None:
     parallel = ParallelConfig()
     initialize_topology(parallel)
-    stage = build_stage(MODELS["block"], parallel)
-    batch = selftest_batch(MODELS["block"], 1)
+    stage = build_stage(MODELS["vanilla"], parallel)
+    batch = selftest_batch(MODELS["vanilla"], 1)
     expected = stage(batch)
     compile_layers(stage)
     before = compile_seconds()
@@ -39,11 +40,20 @@ def test_layers_are_compiled_when_training_calls_them() -> None:
 def test_layers_that_are_computed_again_are_not() -> None:
     parallel = ParallelConfig(activation_checkpointing="layer")
     initialize_topology(parallel)
-    stage = build_stage(MODELS["block"], parallel)
+    stage = build_stage(MODELS["vanilla"], parallel)
     compile_layers(stage)
     before = compile_seconds()
-    stage(selftest_batch(MODELS["block"], 1)).sum().backward()
+    stage(selftest_batch(MODELS["vanilla"], 1)).sum().backward()
     assert compile_seconds() == before
+
+
+def test_benchmarks_time_compiled_layers_whole() -> None:
+    parallel = ParallelConfig()
+    initialize_topology(parallel)
+    stage = build_stage(MODELS["vanilla"], parallel)
+    assert {"vanilla, attention", "vanilla, feed-forward"} <= {name for name, _ in components(stage)}
+    compile_layers(stage)
+    assert {name for name, _ in components(stage)} == {"vanilla.input", "vanilla, layers", HEAD}
 
 
 def test_compilation_is_a_part_of_the_first_step() -> None:
