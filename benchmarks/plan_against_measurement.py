@@ -29,10 +29,12 @@ warnings.filterwarnings("ignore", module=r"megatron\.core")
 
 import torch
 import torch.distributed
+import torch.multiprocessing
 
 from benchmarks.allocations import return_freed_memory, traced_allocations, traced_residence
 from parallel.config import ModelConfig, ParallelConfig
 from parallel.device_limits import measure_device_limits
+from parallel.errors import ConfigurationError
 from parallel.host_memory import keep_freed_memory
 from parallel.inputs import MicroBatch
 from parallel.planning.calibration import Measured, fit
@@ -45,6 +47,7 @@ from parallel.planning.workload import Workload
 from parallel.stage import build_stage
 from parallel.topology import initialize_topology, start_process_group
 from slurm.identity import free_port
+from tools.command_line import exit_on_termination, make_output_folder, run
 from train.config import OptimizerConfig
 from train.step import StepEngine
 
@@ -154,17 +157,10 @@ def _process(rank: int, port: int, work: Workload, traces_allocator: bool, answe
 
 def run_layout(work: Workload, traces_allocator: bool) -> list[Observation]:
     """Runs a layout in processes of its own; one observation per rank."""
-    context = multiprocessing.get_context("spawn")
-    answers, port = context.Queue(), free_port()
-    processes = [
-        context.Process(target=_process, args=(rank, port, work, traces_allocator, answers))
-        for rank in range(work.parallel.world_size)
-    ]
-    for process in processes:
-        process.start()
-    found = dict(answers.get(timeout=600) for _ in processes)
-    for process in processes:
-        process.join()
+    answers = multiprocessing.get_context("spawn").SimpleQueue()
+    arguments = (free_port(), work, traces_allocator, answers)
+    torch.multiprocessing.spawn(_process, arguments, nprocs=work.parallel.world_size, daemon=True)
+    found = dict(answers.get() for _ in range(work.parallel.world_size))
     return [found[rank] for rank in sorted(found)]
 
 
@@ -179,11 +175,18 @@ def fastest(before: list[Observation] | None, now: list[Observation]) -> list[Ob
 
 
 def read_observations(path: Path) -> dict[str, list[Observation]]:
-    """Measurements of an earlier call, by layout; none if there is no such file."""
+    """Measurements of an earlier call, by layout; none if there is no such file.
+
+    Raises:
+        ConfigurationError: it is no file of measurements.
+    """
     if not path.exists():
         return {}
-    values = json.loads(path.read_text(encoding="utf-8"))
-    return {name: [Observation(**one) for one in ranks] for name, ranks in values.items()}
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        return {name: [Observation(**one) for one in ranks] for name, ranks in values.items()}
+    except (OSError, ValueError, TypeError, AttributeError):
+        raise ConfigurationError(f"--output {path} is no file of its measurements; name another one") from None
 
 
 def write_observations(path: Path, observed: Mapping[str, list[Observation]]) -> None:
@@ -261,6 +264,7 @@ def time_tables(works: Sequence[Workload], seconds: Sequence[float], device: Dev
 
 def main() -> None:
     """Measures, predicts and prints."""
+    exit_on_termination()
     parser = argparse.ArgumentParser(description="Compares the planner with measurements on CPU processes.")
     parser.add_argument("--output", type=Path, help="JSON file of measurements; what it holds is not measured again")
     numbers = range(len(layouts()))
@@ -271,7 +275,10 @@ def main() -> None:
     works = layouts()
     works = [works[number] for number in arguments.only or range(len(works))]
     observed = []
-    known = read_observations(arguments.output) if arguments.output else {}
+    known: dict[str, list[Observation]] = {}
+    if arguments.output:
+        make_output_folder(arguments.output.parent)
+        known = read_observations(arguments.output)
     for work in works:
         if describe(work) not in known or arguments.again:
             known[describe(work)] = fastest(known.get(describe(work)), run_layout(work, not arguments.times_only))
@@ -286,4 +293,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main, ConfigurationError)

@@ -32,7 +32,7 @@ from parallel.device_limits import DeviceLimits, measure_device_limits
 from parallel.errors import ConfigurationError
 from parallel.planning.search import largest_memory
 from slurm.identity import free_port
-from tools.command_line import make_output_folder, positive, run
+from tools.command_line import exit_on_termination, make_output_folder, positive, run
 from train.config import REPOSITORY, RunConfig
 from train.config_file import load_config
 from train.throughput import BACKWARD_FACTOR
@@ -180,7 +180,7 @@ def parse_arguments() -> argparse.Namespace:
         "measured in every variant. Unless one says so: parallel.data=1, train.micro_batch_size=1. A global batch that "
         "is not given is one micro-batch per data-parallel rank",
     )
-    add("--against", metavar="COMMIT", help="measure another version of the project too")
+    add("--against", nargs="+", default=[], metavar="COMMIT", help="measure other versions of the project too")
     add("--steps", type=positive, default=5, help="measured steps of each (default 5), after one that is not counted")
     add(
         "--threads",
@@ -307,6 +307,17 @@ def report(results: Sequence[StepResult], limits: DeviceLimits) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _versions(commits: Sequence[str], folder: Path) -> dict[str, Path]:
+    """Checkouts by name: this one, and beside it those of other commits.
+
+    Raises:
+        ConfigurationError: there is no such commit.
+    """
+    if not commits:
+        return {"": REPOSITORY}
+    return {"now": REPOSITORY} | {commit: _check_out(commit, Path(tempfile.mkdtemp(dir=folder))) for commit in commits}
+
+
 def _check_out(commit: str, folder: Path) -> Path:
     """Lays another version of the project into a folder.
 
@@ -324,12 +335,10 @@ def _check_out(commit: str, folder: Path) -> Path:
 
 def main() -> None:
     """Measures and reports."""
+    exit_on_termination()
     arguments = parse_arguments()
     with tempfile.TemporaryDirectory() as folder:
-        roots = {"": REPOSITORY}
-        if arguments.against:
-            roots = {"now": REPOSITORY, arguments.against: _check_out(arguments.against, Path(folder))}
-        subjects = candidates(arguments, roots)
+        subjects = candidates(arguments, _versions(arguments.against, Path(folder)))
         make_output_folder(arguments.output)
         torch.set_num_threads(arguments.threads)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -1,5 +1,6 @@
 """The memory model against torch's allocator in real processes: states, buffers, activations, pipelines."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,6 +19,8 @@ from parallel.config import ModelConfig, ParallelConfig
 from parallel.planning.hardware import DEVICES
 from parallel.planning.workload import Workload
 from tests.processes import run_processes
+from tests.tools.outcomes import Script
+from train.config import REPOSITORY
 
 STACK = {"num_layers": 2, "hidden_size": 128, "num_attention_heads": 4}
 MODEL = ModelConfig.model_validate(
@@ -92,3 +95,16 @@ def test_reports() -> None:
     earlier = [Observation(1, 2, 3, step_seconds=1.0)]
     assert fastest(earlier, [Observation(0, 0, 0, step_seconds=2.0)]) == earlier
     assert fastest(earlier, [Observation(4, 5, 6, step_seconds=2.0)]) == [Observation(4, 5, 6, step_seconds=1.0)]
+
+
+@pytest.mark.parametrize("content", ["", "[1]", '{"layout": [{"resident": 1}]}'])
+def test_a_file_of_something_else_is_refused_before_anything_is_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], content: str
+) -> None:
+    file = tmp_path / "measurements.json"
+    file.write_text(content)
+    benchmark = Script(REPOSITORY / "benchmarks" / "plan_against_measurement.py", monkeypatch, capsys)
+    outcome = benchmark("--output", file)
+    assert outcome.status == 2
+    assert f"--output {file}" in outcome.errors[-1]
+    assert file.read_text() == content

@@ -74,7 +74,7 @@ def test_variants_are_measured_side_by_side(tmp_path: Path, benchmark: Script) -
     ("arguments", "message"),
     [
         (["--variants", "parallel.tensor=3"], "num_attention_heads=4"),
-        (["--against", "no-such-commit"], "--against no-such-commit"),
+        (["--against", "HEAD", "no-such-commit"], "--against no-such-commit"),
         (["--steps", "0"], "--steps"),
     ],
 )
