@@ -280,7 +280,8 @@ def main() -> None:
         make_output_folder(arguments.output.parent)
         known = read_observations(arguments.output)
     for work in works:
-        if describe(work) not in known or arguments.again:
+        lacks = describe(work) not in known or not (arguments.times_only or known[describe(work)][0].allocated)
+        if lacks or arguments.again:
             known[describe(work)] = fastest(known.get(describe(work)), run_layout(work, not arguments.times_only))
             if arguments.output:
                 write_observations(arguments.output, known)

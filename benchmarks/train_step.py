@@ -201,10 +201,18 @@ def candidates(arguments: argparse.Namespace, roots: dict[str, Path]) -> list[Ca
     found = []
     for path in arguments.configs:
         for variant in arguments.variants:
-            config = _of_one_round(path, shlex.split(variant))
+            config = _of_one_round(path, _overrides(variant))
             for version, root in roots.items():
                 found.append(Candidate(" ".join(filter(None, (path.stem, variant, version))), config, root))
+                _ = found[-1].planned_bytes  # an activation budget that is too small is said now
     return found
+
+
+def _overrides(variant: str) -> list[str]:
+    try:
+        return shlex.split(variant)
+    except ValueError as error:
+        raise ConfigurationError(f"--variants {variant}: {error}; close it") from None
 
 
 def _of_one_round(path: Path, overrides: list[str]) -> RunConfig:

@@ -20,7 +20,8 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Te
         query: [batch, heads, length, head size].
         key: [batch, groups, length, head size]; a group serves as many consecutive heads.
         value: as key.
-        mask: bool, broadcast to [batch, heads, length, length], True = may attend; None = causal.
+        mask: bool, broadcast to [batch, heads, length, length], True = may attend; None = causal. Every query may
+            attend to something, as parallel/inputs.py sees to.
 
     Returns:
         [batch, heads, length, head size].

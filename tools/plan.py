@@ -9,6 +9,8 @@ if Path(sys.path[0]).resolve() == Path(__file__).resolve().parent:
 
 import argparse
 import json
+import math
+import shlex
 import warnings
 from collections.abc import Collection
 from typing import Any
@@ -44,6 +46,7 @@ from train.model_table import run_files
 
 PAPER_LOSSES = Path(__file__).with_name("paper_losses.yaml")
 PAPER_TOKENS = 300e9
+WITHOUT_LAYOUT = ("parallel={}", "train.micro_batch_size=1", "train.compile_layers=false")
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -83,8 +86,9 @@ def main() -> None:
         raise ConfigurationError("no CONFIG is given; name one, such as configs/paper/block_main_b4_1.2b.yaml")
     if arguments.gpus is None:
         raise ConfigurationError("--gpus is missing; say how many GPUs there are, such as --gpus 8")
-    if not arguments.tokens > 0:
-        raise ConfigurationError(f"--tokens={arguments.tokens:g} is not positive; the paper trains on 300e9")
+    if not 0.0 < arguments.tokens < math.inf:
+        raise ConfigurationError(f"--tokens={arguments.tokens:g} is not positive and finite; the paper trains on 300e9")
+    chosen_setting(arguments.setting, arguments.batch_size)  # a mistake in it is said even where it is not needed
     cluster = chosen_cluster(arguments)
     runs = named_runs(arguments.configs)
     if len(runs) > 1 or arguments.train_budget or arguments.inference_budget or arguments.losses:
@@ -119,7 +123,7 @@ def named_runs(paths: list[Path]) -> dict[str, RunConfig]:
     Raises:
         ConfigurationError: two have the same.
     """
-    runs = {path.stem: load_config(path) for path in paths}
+    runs = {path.stem: load_config(path, WITHOUT_LAYOUT) for path in paths}
     if len(runs) < len(paths):
         raise ConfigurationError(f"two of {', '.join(map(str, paths))} have the same name; rename a file")
     return runs
@@ -202,7 +206,7 @@ def chosen_losses(given: list[str], names: Collection[str]) -> dict[str, float]:
             losses[name] = float(value)
         except ValueError:
             separator = ""
-        if not separator:
+        if not separator or not 0.0 < losses[name] < math.inf:
             raise ConfigurationError(f"--losses {one} is not NAME=LOSS, such as block_main_b4_85=2.75")
         if name not in names:
             raise ConfigurationError(f"--losses {one}: no model is called {name}; there are {', '.join(names)}")
@@ -239,10 +243,17 @@ def calibrate(arguments: argparse.Namespace) -> None:
     paths = {path.stem: path for path in [*run_files(REPOSITORY / "configs"), *arguments.configs]}
     own = [one for one in benchmark.entries if one.is_of_this_version]
     measured = [Measured(measured_workload(one, benchmark, paths), one.step_seconds) for one in own]
+    # The limits are those of one precision.
+    measured = [one for one in measured if one.work.precision == benchmark.precision]
     if on_cpu:  # where several processes share what the limits were measured with
         measured = [one for one in measured if one.work.parallel.world_size == 1]
+    if not measured:
+        raise ConfigurationError(
+            f"--calibrate {arguments.calibrate} has no step to fit to: one of this version of the project in "
+            f"{benchmark.precision}{' with one process' * on_cpu}; run the benchmark again"
+        )
     start = DEVICES[arguments.gpu]
-    rates = dict.fromkeys(start.flops_per_second, benchmark.flops_per_second)
+    rates = start.flops_per_second | {benchmark.precision: benchmark.flops_per_second}
     limits: dict[str, Any] = {"flops_per_second": rates, "bytes_per_second": benchmark.bytes_per_second}
     device = fit(start.model_copy(update=limits), arguments.gpus_per_node, None, measured)
     write_constants(arguments.output, Constants(device=device))
@@ -255,13 +266,18 @@ def measured_workload(entry: BenchmarkEntry, benchmark: Benchmark, paths: dict[s
     Raises:
         ConfigurationError: the configuration is not known.
     """
-    stem, *words = entry.name.split()
+    stem, *words = shlex.split(entry.name)
     if stem not in paths:
         raise ConfigurationError(f"--calibrate: no configuration is called {stem}; name its file as CONFIG too")
     overrides = [word for word in words if "=" in word]
-    precision = "bf16" if benchmark.dtype == "bfloat16" else "fp32"
     of_model = [word for word in overrides if word.startswith("model.")]
-    batch = entry.tokens // load_config(paths[stem], of_model).model.sequence_length
+    length = load_config(paths[stem], of_model).model.sequence_length
+    batch = entry.tokens // length
+    if not batch:
+        raise ConfigurationError(
+            f"--calibrate: a step of {entry.name} has tokens={entry.tokens}, less than the {length} of one sequence; "
+            "run the benchmark again"
+        )
     try:
         layout = ParallelConfig.model_validate(entry.layout)
     except ValidationError as error:
@@ -273,7 +289,7 @@ def measured_workload(entry: BenchmarkEntry, benchmark: Benchmark, paths: dict[s
     defaults = [
         "train.micro_batch_size=1",
         f"train.global_batch_size={batch}",
-        f"train.precision={precision}",
+        f"train.precision={benchmark.precision}",
         *(f"parallel.{name}={json.dumps(value)}" for name, value in layout.model_dump(mode="json").items()),
     ]
     return load_config(paths[stem], [*defaults, *overrides]).workload

@@ -22,6 +22,10 @@ if not torch.cuda.is_available():
 import deepspeed  # noqa: E402  (the cache of compiled operators must be named before)
 from deepspeed.runtime.utils import clip_grad_norm_  # noqa: E402
 
+# Parameters of fewer values stay whole under ZeRO 3: as many as by DeepSpeed's default, but less in a small model, of
+# which nothing would be sharded otherwise.
+PERSISTENT_VALUES = 100_000
+
 
 def parameter_groups(module: nn.Module, config: OptimizerConfig) -> list[dict[str, Any]]:
     """Splits parameters into a decayed and an undecayed group.
@@ -72,6 +76,7 @@ def deepspeed_settings(
             "stage": parallel.zero_stage,
             "overlap_comm": parallel.overlap_gradient_reduction,
             "reduce_bucket_size": int(bucket_values(parameters)),
+            "stage3_param_persistence_threshold": min(PERSISTENT_VALUES, parameters // 1000),
         },
         "zero_allow_untested_optimizer": True,
         "steps_per_print": None,

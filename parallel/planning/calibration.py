@@ -1,15 +1,23 @@
 """Constants from a benchmark on the user's own machine (benchmarks/train_step.py)."""
 
-import json
 import math
+import shlex
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    field_validator,
+)
 
 from parallel.errors import ConfigurationError
 from parallel.planning.communication import Cluster
@@ -87,7 +95,7 @@ class BenchmarkEntry:
     @property
     def is_of_this_version(self) -> bool:
         """Whether the project as it was then ran it, not one that it was held against."""
-        return all("=" in word or word == "now" for word in self.name.split()[1:])
+        return all("=" in word or word == "now" for word in shlex.split(self.name)[1:])
 
 
 @dataclass(frozen=True)
@@ -100,6 +108,43 @@ class Benchmark:
     bytes_per_second: float
     entries: list[BenchmarkEntry]
 
+    @property
+    def precision(self) -> Literal["fp32", "bf16"]:
+        """What train.precision calls the type of the products whose rate the limits have."""
+        return "bf16" if self.dtype == "bfloat16" else "fp32"
+
+
+class _Limits(BaseModel):
+    model_config = ConfigDict(allow_inf_nan=False)
+
+    device: str
+    dtype: Literal["float32", "bfloat16"]
+    flops_per_second: PositiveFloat
+    bytes_per_second: PositiveFloat
+
+
+class _Result(BaseModel):
+    model_config = ConfigDict(allow_inf_nan=False)
+
+    name: str
+    layout: dict[str, Any]
+    tokens: PositiveInt
+    step_seconds: list[PositiveFloat] = Field(min_length=1)
+
+    @field_validator("name")
+    @classmethod
+    def _names_something(cls, name: str) -> str:
+        if not shlex.split(name):
+            raise ValueError("no configuration is named")
+        return name
+
+
+class _Record(BaseModel):
+    """The JSON of benchmarks/train_step.py, as far as it is needed here."""
+
+    limits: _Limits
+    results: list[_Result]
+
 
 def read_benchmark(path: Path) -> Benchmark:
     """Reads the JSON of a benchmark.
@@ -108,20 +153,18 @@ def read_benchmark(path: Path) -> Benchmark:
         ConfigurationError: it is missing, no JSON, or lacks the limits of the device or the steps.
     """
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        limits = values["limits"]
-        entries = [
-            BenchmarkEntry(one["name"], one["layout"], int(one["tokens"]), statistics.median(one["step_seconds"]))
-            for one in values["results"]
-        ]
-        flops, moved = float(limits["flops_per_second"]), float(limits["bytes_per_second"])
-        return Benchmark(limits["device"], limits["dtype"], flops, moved, entries)
+        record = _Record.model_validate_json(path.read_bytes())
     except OSError as error:
-        reason = error.strerror
-    except (KeyError, TypeError) as error:
-        reason = f"it lacks or misplaces {error}"
-    except ValueError as error:
-        reason = f"it is no JSON of that kind: {error}"
+        reason = str(error.strerror)
+    except ValidationError as error:
+        first = error.errors()[0]
+        reason = ": ".join(filter(None, (".".join(map(str, first["loc"])), first["msg"])))
+    else:
+        entries = [
+            BenchmarkEntry(one.name, one.layout, one.tokens, statistics.median(one.step_seconds))
+            for one in record.results
+        ]
+        return Benchmark(**record.limits.model_dump(), entries=entries)
     raise ConfigurationError(
         f"--calibrate {path} cannot be read ({reason}); give the train_step.json of benchmarks/train_step.py"
     )

@@ -25,16 +25,19 @@ class Cluster:
             return self.device.link_bytes_per_second, self.device.link_latency
         return self.network.bytes_per_second * self.network.efficiency, self.network.latency
 
-    def all_reduce(self, size: float, members: int, span: int) -> float:
-        """Seconds of a sum of `size` bytes over all members: each sends twice the others' parts."""
+    def all_reduce(self, size: float, members: int, span: int, pieces: int = 1) -> float:
+        """Seconds of sums of `size` bytes over all members, so many pieces of it one after the other.
+
+        Each member sends twice the others' parts.
+        """
         if members == 1:
             return 0.0
         rate, latency = self._link(span)
-        return 2.0 * (members - 1) * (size / members / rate + latency)
+        return 2.0 * (members - 1) * (size / members / rate + pieces * latency)
 
-    def all_gather(self, size: float, members: int, span: int) -> float:
+    def all_gather(self, size: float, members: int, span: int, pieces: int = 1) -> float:
         """Seconds in which every member has all of `size` bytes, or, of a reduce-scatter, its part of the sums."""
-        return self.device.gather_cost * self.all_reduce(size, members, span)
+        return self.device.gather_cost * self.all_reduce(size, members, span, pieces)
 
     def send(self, size: float, span: int) -> float:
         """Seconds of a message between two processes."""

@@ -1,8 +1,8 @@
 """What step times are computed from: speeds of devices and networks, as constants that a benchmark can replace."""
 
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, model_validator
 
 
 class Device(BaseModel):
@@ -13,7 +13,9 @@ class Device(BaseModel):
     name: str = Field(description="What it is called.")
     memory_gib: float = Field(gt=0.0, description="Memory in GiB.")
     reserved_gib: float = Field(ge=0.0, description="Of it for the CUDA context, NCCL and fragmentation.")
-    flops_per_second: dict[Literal["bf16", "fp32"], float] = Field(description="Dense peak of matrix products.")
+    flops_per_second: dict[Literal["bf16", "fp32"], PositiveFloat] = Field(
+        min_length=2, description="Dense peak of matrix products."
+    )
     bytes_per_second: float = Field(gt=0.0, description="Peak of the memory, read and written together.")
     product_efficiency: float = Field(
         gt=0.0, le=1.0, description="Part of the peak that large products of a layer reach."
@@ -30,6 +32,12 @@ class Device(BaseModel):
         le=1.0,
         description="Part of what data parallelism sends that parallel.overlap_gradient_reduction hides.",
     )
+
+    @model_validator(mode="after")
+    def _has_room(self) -> Self:
+        if self.reserved_gib >= self.memory_gib:
+            raise ValueError(f"reserved_gib={self.reserved_gib:g} leaves nothing of memory_gib={self.memory_gib:g}")
+        return self
 
 
 class Network(BaseModel):

@@ -1,5 +1,6 @@
 """Time of an optimizer step from counts of FLOPs and bytes and the constants of a cluster."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 
@@ -8,7 +9,7 @@ from parallel.costs import PieceCost
 from parallel.planning.activations import piece_activations, received_bytes
 from parallel.planning.communication import Cluster
 from parallel.planning.policies import recomputed
-from parallel.planning.states import LIVE_VALUES, stage_parameters
+from parallel.planning.states import LIVE_VALUES, bucket_values, stage_parameters
 from parallel.planning.workload import Workload
 
 # How often forward and backward passes together move what a piece keeps: written, read by the next operator, read and
@@ -55,15 +56,15 @@ def step_time(work: Workload, cluster: Cluster, policies: list[Mapping[str, Poli
     # 1F1B: each micro-batch passes the slowest stage; the first and the last pass all others once besides.
     waiting = sum(totals) - totals[slowest]
     products, elementwise, recomputation, tensor = (part * work.num_micro_batches for part in stages[slowest])
-    held = [stage_parameters(work, stage) for stage in range(work.parallel.pipeline)]
+    stage_numbers = range(work.parallel.pipeline)
     return StepTime(
         products=products,
         elementwise=elementwise,
         recomputation=recomputation,
         tensor=tensor,
         pipeline=waiting + _messages(work, cluster),
-        data=max(_data_seconds(work, cluster, parameters) for parameters in held),
-        optimizer=max(_optimizer_seconds(work, cluster, parameters) for parameters in held),
+        data=max(_data_seconds(work, cluster, stage) for stage in stage_numbers),
+        optimizer=max(_optimizer_seconds(work, cluster, stage_parameters(work, stage)) for stage in stage_numbers),
     )
 
 
@@ -167,25 +168,31 @@ def _messages(work: Workload, cluster: Cluster) -> float:
     return 2.0 * (work.num_micro_batches + work.parallel.pipeline - 2) * cluster.send(largest, span)
 
 
-def _data_seconds(work: Workload, cluster: Cluster, parameters: int) -> float:
-    """Reduction of fp32 gradients, gathering of weights; what computation hides is left out."""
+def _data_seconds(work: Workload, cluster: Cluster, stage: int) -> float:
+    """Reduction of fp32 gradients, bucket by bucket, and gathering of weights; what computation hides is left out."""
     hidden = cluster.device.overlap if work.parallel.overlap_gradient_reduction else 0.0
-    parallel = work.parallel
+    parallel, parameters = work.parallel, stage_parameters(work, stage)
+    buckets = math.ceil(parameters / bucket_values(parameters))
     members, span = parallel.data, parallel.tensor * parallel.data
     gradients, weights = 4.0 * parameters, float(work.value_bytes * parameters)
     if parallel.zero_stage == 0:
         seconds = cluster.all_reduce(gradients, members, span)
     elif parallel.zero_stage == 1 or parallel.pipeline > 1:
-        seconds = cluster.all_reduce(gradients, members, span) + cluster.all_gather(weights, members, span)
+        seconds = cluster.all_reduce(gradients, members, span, buckets) + cluster.all_gather(weights, members, span)
     elif parallel.zero_stage == 2:
-        each = cluster.all_reduce(gradients, members, span)
+        each = cluster.all_reduce(gradients, members, span, buckets)
         seconds = work.num_micro_batches * each + cluster.all_gather(weights, members, span)
     else:
-        each = cluster.all_gather(gradients, members, span) + _gathers(work) * cluster.all_gather(
-            weights, members, span
-        )
+        gather = cluster.all_gather(weights, members, span, _gathered_modules(work, stage))
+        each = cluster.all_gather(gradients, members, span, buckets) + _gathers(work) * gather
         seconds = work.num_micro_batches * each
     return seconds * (1.0 - hidden)
+
+
+def _gathered_modules(work: Workload, stage: int) -> int:
+    """Modules of a stage, each of which ZeRO 3 gathers for itself: linear layers of decoder layers, other pieces."""
+    layers = sum(".layers." in piece.name for piece in work.stages[stage])
+    return int(PRODUCTS_PER_LAYER) * layers + len(work.stages[stage]) - layers
 
 
 def _gathers(work: Workload) -> int:

@@ -76,6 +76,11 @@ def test_variants_are_measured_side_by_side(tmp_path: Path, benchmark: Script) -
         (["--variants", "parallel.tensor=3"], "num_attention_heads=4"),
         (["--against", "HEAD", "no-such-commit"], "--against no-such-commit"),
         (["--steps", "0"], "--steps"),
+        (["--variants", 'run.name="a'], "No closing quotation"),
+        (
+            ["--variants", "parallel.activation_checkpointing=budget parallel.activation_memory_gib=1e-5"],
+            "activation_memory_gib",
+        ),
     ],
 )
 def test_mistakes_are_found_before_anything_is_built(

@@ -3,11 +3,13 @@
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
-from parallel.planning.calibration import Benchmark, BenchmarkEntry
+from parallel.planning.calibration import Benchmark, BenchmarkEntry, read_constants
+from parallel.planning.hardware import DEVICES
 from tests.tools.outcomes import Script
 from tools.plan import measured_workload
 from train.config_file import load_config
@@ -33,6 +35,13 @@ def test_a_plan_is_a_configuration_that_can_run(plan: Script) -> None:
     assert config.parallel.world_size == 8
 
 
+def test_a_runs_own_layout_does_not_matter(plan: Script, tmp_path: Path) -> None:
+    own = tmp_path / "block_main_b4_5.yaml"
+    layout = {"tensor": 7, "activation_checkpointing": "budget", "activation_memory_gib": 1e-3}
+    own.write_text(yaml.safe_dump({"base": str(SMALL), "parallel": layout, "train": {"micro_batch_size": 7}}))
+    assert plan(own, "--gpus", 2).output == plan(SMALL, "--gpus", 2).output
+
+
 def test_layouts_as_json_are_best_first(plan: Script) -> None:
     found = json.loads(plan(SMALL, "--gpus", 2, "--json", "--top", 5, "--tokens", 1e9).output)
     hours = [one["hours"] for one in found]
@@ -54,7 +63,7 @@ def test_which_model_for_two_budgets(plan: Script) -> None:
 
 
 def test_calibration(plan: Script, tmp_path: Path) -> None:
-    record = {
+    record: dict[str, Any] = {
         "limits": {"device": "CPU", "dtype": "float32", "flops_per_second": 1e11, "bytes_per_second": 2e10},
         "results": [
             {"name": f"block_main_b4_5 {name}", "layout": layout, "tokens": tokens, "step_seconds": [2.0, 2.1, 2.2]}
@@ -73,9 +82,16 @@ def test_calibration(plan: Script, tmp_path: Path) -> None:
     assert "fitted cpu to 2 of 4 measured steps" in outcome.output
     found = json.loads(plan(SMALL, "--gpus", 1, "--constants", constants, "--json").output)
     assert found
+    rates = read_constants(constants).device.flops_per_second
+    assert rates == DEVICES["cpu"].flops_per_second | {"fp32": 1e11}
     outcome = plan("--calibrate", tmp_path / "train_step.json", "--gpu", "h100-80g", "--output", constants)
     assert "--gpu h100-80g is not what" in outcome.errors[-1]
     assert "which is CPU; use --gpu cpu" in outcome.errors[-1]
+    record["results"] = record["results"][3:]
+    (tmp_path / "train_step.json").write_text(json.dumps(record))
+    outcome = plan("--calibrate", tmp_path / "train_step.json", "--gpu", "cpu", "--output", constants)
+    assert "has no step to fit to" in outcome.errors[-1]
+    assert "in fp32 with one process" in outcome.errors[-1]
 
 
 def test_a_measured_step_has_the_batch_that_it_ran_with() -> None:
@@ -105,6 +121,9 @@ def test_a_measured_step_has_the_batch_that_it_ran_with() -> None:
         ((SMALL, "--gpus", 1, "--constants", "none.yaml"), "--constants none.yaml cannot be read"),
         (("--calibrate", "none.json"), "--calibrate needs --output"),
         ((SMALL, "--gpus", 1, "--tokens", 0), "--tokens=0 is not positive"),
+        ((SMALL, "--gpus", 1, "--tokens", "inf"), "--tokens=inf is not positive and finite"),
+        ((SMALL, "--gpus", 1, "--losses", "block_main_b4_5=nan"), "--losses block_main_b4_5=nan is not NAME=LOSS"),
+        ((SMALL, "--gpus", 1, "--setting", "2048/1"), "--setting=2048/1 is not PROMPT/NEW"),
     ],
 )
 def test_mistakes(plan: Script, arguments: tuple[object, ...], message: str) -> None:

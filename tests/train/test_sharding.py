@@ -66,3 +66,22 @@ def test_optimizer_elements_per_rank_under_zero(zero_stage: int) -> None:
         else:
             unit = 2 * ALIGNMENT
             assert sorted(moments) == sorted(math.ceil(size / unit) * unit // 2 for size in sizes)
+
+
+def whole_after_an_update(parallel: ParallelConfig) -> dict[str, bool]:
+    """Whether this rank holds a parameter whole, by name."""
+    place = initialize_topology(parallel)
+    stage = build_stage(MODELS["block"], parallel)
+    engine = StepEngine(stage, parallel, OPTIMIZER, "fp32", 1)
+    engine.accumulate(split_global_batch(selftest_batch(MODELS["block"], 0), parallel.data, place.data_rank, 1))
+    engine.update(1e-3)
+    return {name: parameter.numel() > 0 for name, parameter in stage.named_parameters()}
+
+
+def test_zero_3_shards_matrices_of_small_models_too() -> None:
+    """Otherwise no test of ZeRO 3 would have a parameter gathered."""
+    for is_whole in run_processes(2, whole_after_an_update, ParallelConfig(data=2, zero_stage=3)):
+        matrices = {name for name in is_whole if name.endswith(".weight") and "norm." not in name}
+        assert matrices
+        assert not any(is_whole[name] for name in matrices)
+        assert is_whole["block_decoder.output.norm.weight"]

@@ -14,6 +14,9 @@ from parallel.planning.search import evaluate
 from parallel.planning.workload import Workload
 from train.selftest_models import MODELS
 
+LIMITS = {"device": "CPU", "dtype": "float32", "flops_per_second": 1e11, "bytes_per_second": 1e10}
+RESULT = {"name": "block_main_b4_5", "layout": {}, "tokens": 2048, "step_seconds": [1.0]}
+
 
 def test_constants_are_found_again(tmp_path: Path) -> None:
     start = DEVICES["cpu"]
@@ -34,9 +37,18 @@ def test_constants_are_found_again(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("{", "no JSON of that kind"),
-        ("{}", "lacks or misplaces 'limits'"),
-        (json.dumps({"limits": {"flops_per_second": 1, "bytes_per_second": 1, "dtype": "float32"}}), "'results'"),
+        ("{", "Invalid JSON"),
+        ("{}", "limits: Field required"),
+        (json.dumps({"limits": LIMITS}), "results: Field required"),
+        (json.dumps({"limits": LIMITS | {"bytes_per_second": 0}, "results": []}), "limits.bytes_per_second: .* than 0"),
+        (json.dumps({"limits": LIMITS | {"device": 5}, "results": []}), "limits.device"),
+        (json.dumps({"limits": LIMITS, "results": [RESULT | {"name": ""}]}), "results.0.name: .*no configuration"),
+        (
+            json.dumps({"limits": LIMITS, "results": [RESULT | {"name": 'a run.name="b'}]}),
+            "results.0.name: .*quotation",
+        ),
+        (json.dumps({"limits": LIMITS, "results": [RESULT | {"layout": []}]}), "results.0.layout"),
+        (json.dumps({"limits": LIMITS, "results": [RESULT | {"step_seconds": [0.0]}]}), "step_seconds.0: .* than 0"),
     ],
 )
 def test_files_that_are_no_benchmark(tmp_path: Path, text: str, message: str) -> None:
@@ -51,3 +63,19 @@ def test_missing_files(tmp_path: Path) -> None:
         read_benchmark(tmp_path / "none.json")
     with pytest.raises(ConfigurationError, match=r"No such file.*--calibrate"):
         read_constants(tmp_path / "none.yaml")
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"flops_per_second": {"fp32": 1e12}},
+        {"flops_per_second": {"fp32": 1e12, "bf16": 0.0}},
+        {"flops_per_second": {"fp32": 1e12, "bf16": -5.0}},
+        {"reserved_gib": 200.0},
+    ],
+)
+def test_constants_that_no_device_has(tmp_path: Path, wrong: dict[str, object]) -> None:
+    values = {"device": DEVICES["h100-80g"].model_dump(mode="json") | wrong}
+    (tmp_path / "constants.yaml").write_text(json.dumps(values))
+    with pytest.raises(ConfigurationError, match="cannot be read"):
+        read_constants(tmp_path / "constants.yaml")

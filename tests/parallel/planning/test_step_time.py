@@ -32,6 +32,7 @@ def test_rings() -> None:
     assert CLUSTER.all_reduce(8e9, 4, 4) == pytest.approx(2 * 3 * (2e9 / link.link_bytes_per_second + 1e-5))
     assert CLUSTER.all_gather(8e9, 4, 16) == pytest.approx(3 * (2e9 / (50e9 * 0.8) + 1.5e-5))
     assert CLUSTER.all_reduce(8e9, 1, 1) == 0.0
+    assert CLUSTER.all_reduce(8e9, 4, 4, pieces=5) - CLUSTER.all_reduce(8e9, 4, 4) == pytest.approx(2 * 3 * 4 * 1e-5)
 
 
 def test_products_are_counted_three_times_over_the_peak() -> None:
@@ -56,6 +57,15 @@ def test_what_costs_time_costs_time() -> None:
 def test_nodes_apart_are_slower() -> None:
     far = seconds(work(data=16))
     assert far.data > seconds(work(data=16), replace(CLUSTER, devices_per_node=16)).data
+
+
+def test_zero_3_gathers_each_module_for_itself() -> None:
+    """So where latency is all that a small model's collectives cost, it is slower than ZeRO 1."""
+    modules = 4 * 4 + 4  # linear layers of the decoder layers, and the pieces around them
+    latency = CLUSTER.all_gather(0.0, 64, 64)
+    sharded, whole = (seconds(work(count=1, data=64, zero_stage=stage)).data for stage in (3, 1))
+    assert sharded > whole
+    assert sharded == pytest.approx((1 + modules) * latency, rel=0.05)
 
 
 def test_the_bubble_shrinks_with_micro_batches() -> None:
