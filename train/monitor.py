@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Iterable
 from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -14,6 +15,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from parallel.planning.step_time import stage_balance
+from parallel.stage_clock import PipelineUse
 from train.checkpointing import FinishedSave, Progress
 from train.config import RunConfig
 from train.config_file import config_text
@@ -69,7 +71,15 @@ class Monitor:
         else:
             self._bar.write(text, file=sys.stdout)
 
-    def step(self, step: int, loss: MeanLoss, learning_rate: float, gradient_norm: float, progress: Progress) -> None:
+    def step(
+        self,
+        step: int,
+        loss: MeanLoss,
+        learning_rate: float,
+        gradient_norm: float,
+        progress: Progress,
+        pipeline: PipelineUse | None = None,
+    ) -> None:
         """Records one optimizer step, after which the run stands so; logs it if it is due."""
         if self._bar is not None:
             self._bar.update()
@@ -90,6 +100,8 @@ class Monitor:
             "memory/peak_gib": peak_memory_bytes() / 2**30,
             **self._pipeline,
         }
+        if pipeline is not None:
+            values |= {f"pipeline/{name}": value for name, value in asdict(pipeline).items()}
         if speed.model_flops_utilization is not None:
             values["speed/mfu"] = speed.model_flops_utilization
         if progress.empty_sequences:
@@ -97,8 +109,8 @@ class Monitor:
         self.record(step, values)
         self._note_progress(step, loss.loss, speed.tokens_per_second)
         utilization = "" if speed.model_flops_utilization is None else f"  MFU {speed.model_flops_utilization:.1%}"
-        if self._pipeline:
-            utilization += f"  bubble {self._pipeline['pipeline/bubble']:.0%}"
+        if pipeline is not None:
+            utilization += f"  bubble {pipeline.bubble:.0%} ({self._pipeline['pipeline/expected_bubble']:.0%} expected)"
         self.say(
             f"step {step}/{self._last_step}  loss {loss.loss:.4f}  lr {learning_rate:.2e}  norm {gradient_norm:.3f}  "
             f"{speed.tokens_per_second:,.0f} tokens/s  {speed.tflops_per_process:.3f} TFLOP/s{utilization}"
@@ -187,7 +199,7 @@ def _pipeline_values(config: RunConfig) -> dict[str, float]:
     if config.parallel.pipeline == 1:
         return {}
     bubble, balance = stage_balance(config.workload)
-    return {"pipeline/bubble": bubble, "pipeline/stage_balance": balance}
+    return {"pipeline/expected_bubble": bubble, "pipeline/expected_stage_balance": balance}
 
 
 def _positions(split: str, loss: MeanLoss) -> dict[str, float]:

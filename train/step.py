@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 
 from parallel.config import ModelConfig, ParallelConfig
+from parallel.cpu_adaptation import compute_device
 from parallel.inputs import MicroBatch, count_targets, target_mask
 from parallel.schedule import Forward, LossSums, loss_sums, masked_loss, run_forward, run_schedule
 from parallel.stage import Stage
+from parallel.stage_clock import PipelineUse, StageClock
 from parallel.topology import sum_over_data_parallel
 from train.config import OptimizerConfig
 from train.discarding import discard_gradients
@@ -55,6 +57,8 @@ class StepEngine:
         # Gradients that are reduced during a backward pass need DeepSpeed's own backward.
         reduces_early = parallel.zero_stage >= 2 or parallel.overlap_gradient_reduction
         self._engine_drives_backward = reduces_early and parallel.pipeline == 1
+        self._clock = StageClock(compute_device()) if parallel.pipeline > 1 else None
+        stage.config.timers = self._clock
 
     def accumulate(self, micro_batches: Sequence[MicroBatch]) -> LossSums:
         """Forward and backward of this data-parallel rank's micro-batches of the global batch.
@@ -65,6 +69,8 @@ class StepEngine:
         Returns:
             Losses of these micro-batches; zero on all but the last pipeline stage.
         """
+        if self._clock is not None:
+            self._clock.reset()
         count = self._global_count(micro_batches)
         if count == 0:
             return LossSums.zero(self.model, micro_batches[0].token_ids.device)
@@ -83,6 +89,10 @@ class StepEngine:
             return Update(math.inf, False)
         self.engine.step()
         return Update(norm, True)
+
+    def pipeline_use(self) -> PipelineUse | None:
+        """How the stages of a pipeline spent the last accumulate; None: there is none, or it did nothing."""
+        return None if self._clock is None else self._clock.use()
 
     def discard(self) -> None:
         """Throws the gradients away."""

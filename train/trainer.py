@@ -18,6 +18,7 @@ from parallel.cpu_adaptation import compute_device
 from parallel.inputs import MicroBatch
 from parallel.planning.policies import stage_policies
 from parallel.stage import build_stage
+from parallel.stage_clock import PipelineUse
 from parallel.topology import Coordinates
 from train.attempts import UNKNOWN_END, AttemptRecord, read_attempts
 from train.batches import micro_batch_rows, read_micro_batches
@@ -231,7 +232,7 @@ class Trainer:
         self.meter.end_step(config.tokens_per_step)
         self._advance(position, loss, update, agreed.empty_sequences)
         with record_function("logging"):
-            self._report(loss, rate, update.gradient_norm, problem)
+            self._report(loss, rate, update.gradient_norm, problem, self.engine.pipeline_use())
         self.profiler.step()
         self.after_step(self.progress.step)
         return request
@@ -300,11 +301,13 @@ class Trainer:
         if self.monitor is not None:
             self.monitor.rolled_back(step, self.progress.step, problem)
 
-    def _report(self, loss: MeanLoss, rate: float, gradient_norm: float, problem: str | None) -> None:
+    def _report(
+        self, loss: MeanLoss, rate: float, gradient_norm: float, problem: str | None, pipeline: PipelineUse | None
+    ) -> None:
         step, is_skipped = self.progress.step, self.progress.skipped_in_a_row > 0
         problem = problem or (f"the gradient norm is {gradient_norm}" if is_skipped else None)
         if self.monitor is not None:
-            self.monitor.step(step, loss, rate, gradient_norm, self.progress)
+            self.monitor.step(step, loss, rate, gradient_norm, self.progress, pipeline)
             if problem:
                 self.monitor.unusual(step, problem, is_skipped, self.progress.skipped_steps)
             if step == self._first_step:

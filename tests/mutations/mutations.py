@@ -372,8 +372,8 @@ MUTATIONS = (
     Mutation(
         "the planner counts one half of an all-reduce",
         "parallel/planning/communication.py",
-        "return 2.0 * (members - 1) * (size / members / rate + latency)",
-        "return (members - 1) * (size / members / rate + latency)",
+        "return 2.0 * (members - 1) * (size / members / rate + pieces * latency)",
+        "return (members - 1) * (size / members / rate + pieces * latency)",
         "tests/parallel/planning/test_step_time.py::test_rings",
     ),
     Mutation(
@@ -424,5 +424,26 @@ MUTATIONS = (
         "torch.distributed.destroy_process_group(group)",
         "pass",
         "tests/parallel/test_topology.py::test_a_new_topology_ends_the_groups_of_the_one_before",
+    ),
+    Mutation(
+        "waiting for another stage counts as work",
+        "parallel/stage_clock.py",
+        'COMPUTE = ("forward-compute", "backward-compute")',
+        'COMPUTE = ("forward-backward",)',
+        "tests/parallel/test_stage_clock.py::test_waiting_and_balance",
+    ),
+    Mutation(
+        "ZeRO 3 keeps every parameter of a small model whole",
+        "train/optimizer.py",
+        "min(PERSISTENT_VALUES, parameters // 1000)",
+        "PERSISTENT_VALUES",
+        "tests/train/test_sharding.py::test_zero_3_shards_matrices_of_small_models_too",
+    ),
+    Mutation(
+        "the planner forgets that ZeRO 3 gathers module by module",
+        "parallel/planning/step_time.py",
+        "cluster.all_gather(weights, members, span, _gathered_modules(work, stage))",
+        "cluster.all_gather(weights, members, span)",
+        "tests/parallel/planning/test_step_time.py::test_zero_3_gathers_each_module_for_itself",
     ),
 )

@@ -55,6 +55,7 @@ def test_a_trace_has_the_named_regions(tmp_path: Path) -> None:
         assert "embedder" in regions[0]
         assert "token_decoder.output" in regions[-1]
         assert f"a trace of {RECORDED} steps is in {folder}" in printed
+        assert ("% expected)" in printed) == (name == "pipeline")
         memory = next(folder.glob("memory_rank0.*.txt")).read_text()
         assert "Self CPU Mem" in memory
 
