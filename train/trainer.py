@@ -18,7 +18,6 @@ from parallel.cpu_adaptation import compute_device
 from parallel.inputs import MicroBatch
 from parallel.planning.policies import stage_policies
 from parallel.stage import build_stage
-from parallel.stage_clock import PipelineUse
 from parallel.topology import Coordinates
 from train.attempts import UNKNOWN_END, AttemptRecord, read_attempts
 from train.batches import micro_batch_rows, read_micro_batches
@@ -232,7 +231,7 @@ class Trainer:
         self.meter.end_step(config.tokens_per_step)
         self._advance(position, loss, update, agreed.empty_sequences)
         with record_function("logging"):
-            self._report(loss, rate, update.gradient_norm, problem, self.engine.pipeline_use())
+            self._report(loss, rate, update.gradient_norm, problem)
         self.profiler.step()
         self.after_step(self.progress.step)
         return request
@@ -301,9 +300,8 @@ class Trainer:
         if self.monitor is not None:
             self.monitor.rolled_back(step, self.progress.step, problem)
 
-    def _report(
-        self, loss: MeanLoss, rate: float, gradient_norm: float, problem: str | None, pipeline: PipelineUse | None
-    ) -> None:
+    def _report(self, loss: MeanLoss, rate: float, gradient_norm: float, problem: str | None) -> None:
+        pipeline = self.engine.pipeline_use()  # of all stages, so every rank asks
         step, is_skipped = self.progress.step, self.progress.skipped_in_a_row > 0
         problem = problem or (f"the gradient norm is {gradient_norm}" if is_skipped else None)
         if self.monitor is not None:
