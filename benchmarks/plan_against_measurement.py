@@ -1,8 +1,10 @@
 """Holds tools/plan.py's predictions against real processes on CPU: memory of layouts, order of step times.
 
-benchmarks/plan_against_measurement.py [--output FILE]: each layout runs in processes of its own, over gloo. Memory is
+benchmarks/plan_against_measurement.py [--output FILE]: over gloo. For memory each layout runs in processes of its own:
 what torch's allocator takes, and resident memory above that after imports, while freed memory goes back to the system.
-The constants for times are fitted to the layouts of one process and to DP2 with ZeRO 1; all others are predicted.
+For times all layouts take turns, several rounds of a few steps each, whose median counts. Efficiencies are fitted to
+the layouts of one process, gloo is measured by itself, and what two processes take of each other's memory is fitted to
+DP2 with ZeRO 1; all others are predicted.
 """
 
 import sys
@@ -13,14 +15,12 @@ if Path(sys.path[0]).resolve() == Path(__file__).resolve().parent:
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 import argparse
-import gc
-import json
 import multiprocessing
-import os
-import time
+import statistics
 import warnings
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import replace
 from itertools import combinations
 from typing import Any
 
@@ -30,13 +30,15 @@ warnings.filterwarnings("ignore", module=r"megatron\.core")
 import torch
 import torch.distributed
 import torch.multiprocessing
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from benchmarks.allocations import return_freed_memory, traced_allocations, traced_residence
+from benchmarks.layout_steps import LayoutProcesses, join_group, train_steps
+from benchmarks.link_limits import Link
 from parallel.config import ModelConfig, ParallelConfig
-from parallel.device_limits import measure_device_limits
+from parallel.device_limits import DeviceLimits, measure_device_limits
 from parallel.errors import ConfigurationError
 from parallel.host_memory import keep_freed_memory
-from parallel.inputs import MicroBatch
 from parallel.planning.calibration import Measured, fit
 from parallel.planning.communication import Cluster
 from parallel.planning.hardware import DEVICES, Device
@@ -44,15 +46,12 @@ from parallel.planning.memory import stage_memory
 from parallel.planning.policies import stage_policies
 from parallel.planning.search import evaluate
 from parallel.planning.workload import Workload
-from parallel.stage import build_stage
-from parallel.topology import initialize_topology, start_process_group
 from slurm.identity import free_port
-from tools.command_line import exit_on_termination, make_output_folder, run
-from train.config import OptimizerConfig
-from train.step import StepEngine
+from tools.command_line import exit_on_termination, make_output_folder, positive, run
 
 MIB = 2**20
-STEPS = 4
+ROUNDS = 3
+STEPS = 4  # of each layout and round, after one that is not counted
 DISTINGUISHABLE = 1.15  # step times nearer to each other than this are no pair whose order counts
 STACK = {"num_layers": 4, "hidden_size": 256, "num_attention_heads": 8}
 MODEL = ModelConfig.model_validate(
@@ -61,22 +60,46 @@ MODEL = ModelConfig.model_validate(
 WARM_UP = MODEL.model_copy(update={"vocab_size": 64, "sequence_length": 64})
 
 
-@dataclass(frozen=True)
-class Observation:
-    """What one process measured.
+class Memory(BaseModel):
+    """Bytes of one process.
 
     Attributes:
-        resident: peak of resident memory above that after imports, in bytes, where freed memory is given back at once;
-            training keeps it (parallel/host_memory.py), with gaps that depend on the order of allocations.
+        resident: peak of resident memory above that after imports, where freed memory is given back at once; training
+            keeps it (parallel/host_memory.py), with gaps that depend on the order of allocations.
         kept: the same peak as training has it.
-        allocated: peak of torch's allocator, in bytes.
-        step_seconds: of the fastest step after the first: what else the machine does only adds to them.
+        allocated: peak of torch's allocator.
     """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
 
     resident: int
     kept: int
     allocated: int
-    step_seconds: float
+
+
+class Speed(BaseModel):
+    """What a machine did in one or more sittings.
+
+    Attributes:
+        limits: of one process.
+        links: between two, once for each round.
+        step_seconds: of each layout, of all rounds.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    limits: DeviceLimits
+    links: list[Link] = []
+    step_seconds: dict[str, list[float]] = {}
+
+
+class Record(BaseModel):
+    """A file of measurements; memory has one entry for each rank of a layout."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    memory: dict[str, list[Memory]] = {}
+    speed: Speed | None = None
 
 
 def layouts() -> list[Workload]:
@@ -103,96 +126,72 @@ def layouts() -> list[Workload]:
     ]
 
 
-def observe(work: Workload, steps: int = STEPS, traces_allocator: bool = True) -> Observation:
-    """Trains for some steps in this process of a running group, first undisturbed, then with the allocator traced."""
-    place = initialize_topology(work.parallel)
-    _train(replace(work, model=WARM_UP, micro_batch_size=1), place.pipeline_rank, 1)  # loads what is loaded when needed
+def observe(work: Workload) -> Memory:
+    """Trains for some steps in this process of a running group, with freed memory given back, kept, and traced."""
+    train_steps(replace(work, model=WARM_UP, micro_batch_size=1), 1)  # loads what is loaded when needed
     return_freed_memory()
     with traced_residence() as resident:
-        _train(work, place.pipeline_rank, 2)
+        train_steps(work, 2)
     return_freed_memory()
     keep_freed_memory()
     with traced_residence() as kept:
-        seconds = _train(work, place.pipeline_rank, steps)
-    allocated = allocated_bytes(work) if traces_allocator else 0
-    return Observation(resident.peak, kept.peak, allocated, min(seconds[1:]))
+        train_steps(work, 3)
+    return Memory(resident=resident.peak, kept=kept.peak, allocated=allocated_bytes(work))
 
 
 def allocated_bytes(work: Workload) -> int:
     """Most bytes that torch's allocator has given out in two training steps of this process of a running group."""
-    place = initialize_topology(work.parallel)
     with traced_allocations() as traced:
-        _train(work, place.pipeline_rank, 2)
+        train_steps(work, 2)
     return traced.peak
 
 
-def _train(work: Workload, stage_number: int, steps: int) -> list[float]:
-    dtype = torch.bfloat16 if work.precision == "bf16" else torch.float32
-    stage = build_stage(work.model, work.parallel, dtype, policies=stage_policies(work, stage_number))
-    engine = StepEngine(
-        stage, work.parallel, OptimizerConfig(learning_rate=1e-4), work.precision, work.micro_batch_size
-    )
-    ids = torch.randint(work.model.vocab_size, (work.micro_batch_size, work.model.sequence_length))
-    batches = [MicroBatch(ids, torch.ones_like(ids, dtype=torch.bool))] * work.num_micro_batches
-    seconds = []
-    for _ in range(steps):
-        gc.collect()  # what a step leaves in cycles would otherwise be there or not in the next one
-        started = time.perf_counter()
-        engine.accumulate(batches)
-        engine.update(1e-4)
-        seconds.append(time.perf_counter() - started)
-    engine.engine.destroy()
-    return seconds
-
-
-def _process(rank: int, port: int, work: Workload, traces_allocator: bool, answers: Any) -> None:
-    size = work.parallel.world_size
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank))
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), DS_ACCELERATOR="cpu")
-    torch.set_num_threads(1)
-    start_process_group()
-    answers.put((rank, observe(work, traces_allocator=traces_allocator)))
+def _process(rank: int, port: int, work: Workload, answers: Any) -> None:
+    join_group(rank, work.parallel.world_size, port)
+    answers.put((rank, observe(work)))
     torch.distributed.destroy_process_group()
 
 
-def run_layout(work: Workload, traces_allocator: bool) -> list[Observation]:
-    """Runs a layout in processes of its own; one observation per rank."""
+def measure_memory(work: Workload) -> list[Memory]:
+    """Runs a layout in processes of its own; memory of each rank."""
     answers = multiprocessing.get_context("spawn").SimpleQueue()
-    arguments = (free_port(), work, traces_allocator, answers)
+    arguments = (free_port(), work, answers)
     torch.multiprocessing.spawn(_process, arguments, nprocs=work.parallel.world_size, daemon=True)
     found = dict(answers.get() for _ in range(work.parallel.world_size))
     return [found[rank] for rank in sorted(found)]
 
 
-def fastest(before: list[Observation] | None, now: list[Observation]) -> list[Observation]:
-    """The present measurement, with the steps of an earlier one where those were faster, and its memory if need be."""
-    if before is None:
-        return now
-    return [
-        replace(one if one.allocated else other, step_seconds=min(one.step_seconds, other.step_seconds))
-        for one, other in zip(now, before, strict=True)
-    ]
+def measure_speed(works: Sequence[Workload], rounds: int, speed: Speed) -> None:
+    """Lets all layouts take turns; adds their steps to those that are there."""
+    with ExitStack() as stack:
+        sizes = sorted({work.parallel.world_size for work in works} | {2})
+        processes = {size: stack.enter_context(LayoutProcesses(size)) for size in sizes}
+        for number in range(rounds):
+            speed.links.append(processes[2].link())
+            for work in works:
+                seconds = processes[work.parallel.world_size].steps(work, 1 + STEPS)[1:]
+                speed.step_seconds.setdefault(describe(work), []).extend(seconds)
+                middle = statistics.median(seconds)
+                progress(f"round {number + 1}/{rounds}  {middle:6.2f} s  {describe(work)}")
 
 
-def read_observations(path: Path) -> dict[str, list[Observation]]:
-    """Measurements of an earlier call, by layout; none if there is no such file.
+def progress(line: str) -> None:
+    """Says how far the measurement is."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def read_record(path: Path | None) -> Record:
+    """Measurements of an earlier call; none if there is no such file.
 
     Raises:
         ConfigurationError: it is no file of measurements.
     """
-    if not path.exists():
-        return {}
+    if path is None or not path.exists():
+        return Record()
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        return {name: [Observation(**one) for one in ranks] for name, ranks in values.items()}
-    except (OSError, ValueError, TypeError, AttributeError):
+        return Record.model_validate_json(path.read_bytes())
+    except (OSError, ValidationError):
         raise ConfigurationError(f"--output {path} is no file of its measurements; name another one") from None
-
-
-def write_observations(path: Path, observed: Mapping[str, list[Observation]]) -> None:
-    """Keeps measurements for the next call."""
-    values = {name: [asdict(one) for one in ranks] for name, ranks in observed.items()}
-    path.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
 
 
 def predicted_bytes(work: Workload, rank: int) -> float:
@@ -211,7 +210,7 @@ def describe(work: Workload) -> str:
     )
 
 
-def memory_table(works: Sequence[Workload], observed: Sequence[list[Observation]]) -> list[str]:
+def memory_table(works: Sequence[Workload], record: Record) -> list[str]:
     """Predicted and measured memory of the stage that needs most of each layout.
 
     Of its ranks, which hold alike, the one with least counts: gloo frees its copies late on one or the other.
@@ -220,7 +219,8 @@ def memory_table(works: Sequence[Workload], observed: Sequence[list[Observation]
         "| layout | predicted MiB | allocated | ratio | resident | ratio | resident, freed memory kept |",
         "|---|---|---|---|---|---|---|",
     ]
-    for work, ranks in zip(works, observed, strict=True):
+    for work in works:
+        ranks = record.memory[describe(work)]
         per_stage = len(ranks) // work.parallel.pipeline
         predicted, first = max((predicted_bytes(work, rank), rank) for rank in range(0, len(ranks), per_stage))
         alike = ranks[first : first + per_stage]
@@ -232,14 +232,25 @@ def memory_table(works: Sequence[Workload], observed: Sequence[list[Observation]
     return lines
 
 
-def calibrated(works: Sequence[Workload], seconds: Sequence[float]) -> Device:
-    """A CPU with measured limits, efficiencies fitted to the layouts of one process, and the speed of gloo to DP2."""
-    torch.set_num_threads(1)
-    limits = measure_device_limits(torch.device("cpu"), torch.float32)
-    rates = {"fp32": limits.flops_per_second, "bf16": limits.flops_per_second}
-    device = DEVICES["cpu"].model_copy(update={"flops_per_second": rates, "bytes_per_second": limits.bytes_per_second})
-    measured = [Measured(work, one) for work, one in zip(works, seconds, strict=True)]
-    return fit(device, 8, None, [one for one in measured if is_fitted(one.work.parallel)])
+def calibrated(works: Sequence[Workload], speed: Speed) -> tuple[Device, Device]:
+    """The CPU of one process, with efficiencies fitted to layouts of one; and that of several, which share its memory.
+
+    What they take of each other is fitted to DP2 with ZeRO 1; gloo is what it was measured to be.
+    """
+    rates = {"fp32": speed.limits.flops_per_second, "bf16": speed.limits.flops_per_second}
+    links = speed.links
+    known = {
+        "flops_per_second": rates,
+        "bytes_per_second": speed.limits.bytes_per_second,
+        "link_bytes_per_second": statistics.median(link.bytes_per_second for link in links),
+        "link_latency": statistics.median(link.latency for link in links),
+        "gather_cost": statistics.median(link.gather_cost for link in links),
+    }
+    measured = [Measured(work, statistics.median(speed.step_seconds[describe(work)])) for work in works]
+    alone = [one for one in measured if one.work.parallel.world_size == 1]
+    together = [one for one in measured if is_fitted(one.work.parallel) and one not in alone]
+    single = fit(DEVICES["cpu"].model_copy(update=known), 8, None, alone)
+    return single, fit(single, 8, None, together, ["memory_efficiency"])
 
 
 def is_fitted(parallel: ParallelConfig) -> bool:
@@ -247,13 +258,19 @@ def is_fitted(parallel: ParallelConfig) -> bool:
     return parallel.world_size == 1 or parallel == ParallelConfig(data=2, zero_stage=1)
 
 
-def time_tables(works: Sequence[Workload], seconds: Sequence[float], device: Device) -> list[str]:
-    """Predicted and measured step times, and how many pairs of two-process layouts are in the right order."""
-    cluster = Cluster(device, 8, None)
+def time_tables(works: Sequence[Workload], speed: Speed, devices: tuple[Device, Device]) -> list[str]:
+    """Predicted and measured step times, and how many pairs of two-process layouts are in the right order.
+
+    Args:
+        works: the layouts.
+        speed: of their steps.
+        devices: of one process, and of several.
+    """
     lines = ["| layout | step s | predicted | ratio |", "|---|---|---|---|"]
     pairs: list[tuple[float, float]] = []
-    for work, measured in zip(works, seconds, strict=True):
-        predicted = evaluate(work, cluster).time.total
+    for work in works:
+        measured = statistics.median(speed.step_seconds[describe(work)])
+        predicted = evaluate(work, Cluster(devices[work.parallel.world_size > 1], 8, None)).time.total
         lines.append(f"| {describe(work)} | {measured:.2f} | {predicted:.2f} | {predicted / measured:.2f} |")
         if work.parallel.world_size == 2:
             pairs.append((measured, predicted))
@@ -265,32 +282,46 @@ def time_tables(works: Sequence[Workload], seconds: Sequence[float], device: Dev
 def main() -> None:
     """Measures, predicts and prints."""
     exit_on_termination()
-    parser = argparse.ArgumentParser(description="Compares the planner with measurements on CPU processes.")
-    parser.add_argument("--output", type=Path, help="JSON file of measurements; what it holds is not measured again")
-    numbers = range(len(layouts()))
-    parser.add_argument("--only", type=int, nargs="+", metavar="N", choices=numbers, help="layouts to run, from 0")
-    parser.add_argument("--again", action="store_true", help="measure all once more; the fastest steps count")
-    parser.add_argument("--times-only", action="store_true", help="do not trace the allocator, which takes long")
-    arguments = parser.parse_args()
-    works = layouts()
-    works = [works[number] for number in arguments.only or range(len(works))]
-    observed = []
-    known: dict[str, list[Observation]] = {}
+    arguments = parse_arguments()
+    works = [layouts()[number] for number in arguments.only or range(len(layouts()))]
+    record = read_record(arguments.output)
     if arguments.output:
         make_output_folder(arguments.output.parent)
-        known = read_observations(arguments.output)
-    for work in works:
-        lacks = describe(work) not in known or not (arguments.times_only or known[describe(work)][0].allocated)
-        if lacks or arguments.again:
-            known[describe(work)] = fastest(known.get(describe(work)), run_layout(work, not arguments.times_only))
-            if arguments.output:
-                write_observations(arguments.output, known)
-        observed.append(known[describe(work)])
-        print(f"measured {describe(work)}", file=sys.stderr, flush=True)
-    seconds = [max(one.step_seconds for one in ranks) for ranks in observed]
-    device = calibrated(works, seconds)
-    memory = [] if arguments.times_only else [*memory_table(works, observed), ""]
-    print("\n".join([*memory, *time_tables(works, seconds, device)]))
+    if not arguments.times_only:
+        for work in works:
+            if describe(work) not in record.memory:
+                record.memory[describe(work)] = measure_memory(work)
+                save(record, arguments.output)
+            progress(f"memory of {describe(work)}")
+    timed = [work for work in works if work.precision == "fp32"]  # whose products the limits are of
+    lacking = [work for work in timed if record.speed is None or describe(work) not in record.speed.step_seconds]
+    if record.speed is None:
+        torch.set_num_threads(1)
+        record.speed = Speed(limits=measure_device_limits(torch.device("cpu"), torch.float32))
+    if lacking or arguments.again:
+        measure_speed(timed if arguments.again else lacking, arguments.rounds, record.speed)
+        save(record, arguments.output)
+    memory = [] if arguments.times_only else [*memory_table(works, record), ""]
+    print("\n".join([*memory, *time_tables(timed, record.speed, calibrated(timed, record.speed))]))
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Reads the command line."""
+    parser = argparse.ArgumentParser(description="Compares the planner with measurements on CPU processes.")
+    add = parser.add_argument
+    add("--output", type=Path, help="JSON file of measurements; what it holds is not measured again")
+    numbers = range(len(layouts()))
+    add("--only", type=int, nargs="+", metavar="N", choices=numbers, help="layouts to run, from 0")
+    add("--rounds", type=positive, default=ROUNDS, help=f"in how many turns steps are measured (default {ROUNDS})")
+    add("--again", action="store_true", help="measure the steps of all once more; the median of all counts")
+    add("--times-only", action="store_true", help="do not measure memory, which takes long")
+    return parser.parse_args()
+
+
+def save(record: Record, path: Path | None) -> None:
+    """Keeps measurements for the next call."""
+    if path:
+        path.write_text(record.model_dump_json(indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

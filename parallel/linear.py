@@ -49,25 +49,29 @@ def mark_partial_gradient(module: nn.Module, partial: bool) -> None:
         parameter.sequence_parallel = partial  # type: ignore[attr-defined]
 
 
-class _FastProducts(nn.Module):
-    """Gives Megatron-core's linear layers the products of parallel.products where torch.mm is not the best there is."""
+class ColumnLinear(ColumnParallelLinear):
+    """Linear layer whose output features are split.
 
-    weight: nn.Parameter
+    With the products of parallel.products where torch.mm is not the best there is.
+    """
 
     def _forward_impl(self, input: Tensor, weight: Tensor, bias: Tensor | None, **options: Any) -> Tensor:
         # Under sequence parallelism Megatron-core gathers the input as well, and anew in backward.
         if options["sequence_parallel"] or not uses_onednn(input):
-            result: Tensor = super()._forward_impl(input, weight, bias=bias, **options)  # type: ignore[misc]
+            result: Tensor = super()._forward_impl(input, weight, bias=bias, **options)
             return result
         return linear(input, weight, bias, options["tp_group"] if options["allreduce_dgrad"] else None)
 
 
-class ColumnLinear(_FastProducts, ColumnParallelLinear):
-    """Linear layer whose output features are split."""
+class RowLinear(RowParallelLinear):
+    """Linear layer whose input features are split.
 
+    Megatron-core's product keeps its factors when it has been computed; what is computed again of a layer would then
+    end with its last product, not before it.
+    """
 
-class RowLinear(_FastProducts, RowParallelLinear):
-    """Linear layer whose input features are split."""
+    def _forward_impl(self, input: Tensor, weight: Tensor, bias: Tensor | None, **_options: Any) -> Tensor:
+        return linear(input, weight, bias) if uses_onednn(input) else F.linear(input, weight, bias)
 
 
 def column_parallel(

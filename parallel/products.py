@@ -44,23 +44,41 @@ def linear(
         bias: b [m] or none.
         group: processes over which the gradient of `hidden` is summed, while that of the weight is computed.
     """
-    result: Tensor = _Linear.apply(hidden, weight, bias, group)
+    factors: Tensor = _Factors.apply(hidden, weight)
+    result: Tensor = _Linear.apply(factors, weight, bias, group, factors.grad_fn, hidden.requires_grad)
     return result
+
+
+class _Factors(torch.autograd.Function):
+    """Keeps what the gradients of a product are computed from, before the product is.
+
+    Where a layer is computed again, that ends as soon as all is there that it keeps: so without its last product.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(hidden, weight)
+        return hidden.view_as(hidden)
+
+    @staticmethod
+    def backward(ctx: Any, *arrived: Tensor | None) -> tuple[Tensor | None, None]:
+        return arrived[0], None
 
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, group: Any) -> Tensor:
-        ctx.save_for_backward(hidden, weight)
-        ctx.group = group
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, group: Any, factors: Any, has_gradient: bool
+    ) -> Tensor:
+        ctx.group, ctx.factors, ctx.hidden_has_gradient = group, factors, has_gradient
         return product(hidden, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, *arrived: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight = ctx.saved_tensors
+        hidden, weight = ctx.factors.saved_tensors
         gradient = arrived[0].contiguous()
-        needs_hidden, needs_weight, needs_bias, _ = ctx.needs_input_grad
-        hidden_gradient = product(gradient, weight.t()) if needs_hidden else None
+        _, needs_weight, needs_bias, *_ = ctx.needs_input_grad
+        hidden_gradient = product(gradient, weight.t()) if ctx.hidden_has_gradient else None
         sum_done = None
         if ctx.group is not None and hidden_gradient is not None:
             sum_done = torch.distributed.all_reduce(hidden_gradient, group=ctx.group, async_op=True)
@@ -69,4 +87,4 @@ class _Linear(torch.autograd.Function):
         bias_gradient = rows.sum(dim=0) if needs_bias else None
         if sum_done is not None:
             sum_done.wait()
-        return hidden_gradient, weight_gradient, bias_gradient, None
+        return hidden_gradient, weight_gradient, bias_gradient, None, None, None

@@ -25,7 +25,7 @@ from parallel.initialization import initialize_weights
 from parallel.inputs import MicroBatch, ModelInputs, prepare_inputs
 from parallel.output_head import OutputHead, tie_head
 from parallel.pieces import build_piece
-from parallel.topology import coordinates, sum_over_tensor_parallel
+from parallel.topology import coordinates
 
 
 def megatron_config(model: ModelConfig, parallel: ParallelConfig, dtype: torch.dtype) -> TransformerConfig:
@@ -154,17 +154,6 @@ def _register(root: nn.Module, name: str, module: nn.Module) -> None:
     root.add_module(leaf, module)
 
 
-def _sum_partial_gradients(stage: Stage) -> None:
-    """Sums gradients of replicated parameters over TP as they arise, where each rank has only a part of them.
-
-    A hook on the gradient, not a pass afterwards, because
-    ZeRO 2 and 3 reduce gradients away during backward.
-    """
-    for parameter in stage.parameters():
-        if getattr(parameter, "sequence_parallel", False):
-            parameter.register_hook(sum_over_tensor_parallel)
-
-
 def build_stage(
     model: ModelConfig, parallel: ParallelConfig, dtype: torch.dtype = torch.float32, seed: int | None = 0, **place: Any
 ) -> Stage:
@@ -173,5 +162,4 @@ def build_stage(
     if seed is not None:
         initialize_weights(stage, model, seed)
     stage.to(compute_device())
-    _sum_partial_gradients(stage)
     return stage

@@ -126,10 +126,9 @@ def coordinates() -> Coordinates:
 
 
 def sum_over_tensor_parallel(value: torch.Tensor) -> torch.Tensor:
-    """Sum of a tensor over the tensor-parallel group, as a new tensor."""
-    summed = value.contiguous().clone()
-    torch.distributed.all_reduce(summed, group=parallel_state.get_tensor_model_parallel_group())
-    return summed
+    """Sums a tensor over the tensor-parallel group, in place."""
+    torch.distributed.all_reduce(value, group=parallel_state.get_tensor_model_parallel_group())
+    return value
 
 
 def sum_over_data_parallel(value: torch.Tensor) -> torch.Tensor:

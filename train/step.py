@@ -12,10 +12,12 @@ from torch import Tensor
 from parallel.config import ModelConfig, ParallelConfig
 from parallel.cpu_adaptation import compute_device
 from parallel.inputs import MicroBatch, count_targets, target_mask
+from parallel.partial_gradients import partial_parameters, sum_accumulated, sum_as_they_arise
 from parallel.schedule import Forward, LossSums, loss_sums, masked_loss, run_forward, run_schedule
 from parallel.stage import Stage
 from parallel.stage_clock import PipelineUse, StageClock
 from parallel.topology import sum_over_data_parallel
+from train.accumulated_gradients import accumulated_gradients
 from train.config import OptimizerConfig
 from train.discarding import discard_gradients
 from train.optimizer import build_engine, clip_replicated
@@ -53,10 +55,13 @@ class StepEngine:
         self.model: ModelConfig = stage.model_config
         self.parallel = parallel
         self.clip = optimizer.clip_gradient_norm
-        self.engine: Any = build_engine(stage, parallel, optimizer, precision, micro_batch_size)
         # Gradients that are reduced during a backward pass need DeepSpeed's own backward.
         reduces_early = parallel.zero_stage >= 2 or parallel.overlap_gradient_reduction
         self._engine_drives_backward = reduces_early and parallel.pipeline == 1
+        self._partial = [] if reduces_early else partial_parameters(stage)
+        if reduces_early:
+            sum_as_they_arise(stage)
+        self.engine: Any = build_engine(stage, parallel, optimizer, precision, micro_batch_size)
         self._clock = StageClock(compute_device()) if parallel.pipeline > 1 else None
         stage.config.timers = self._clock
 
@@ -122,6 +127,7 @@ class StepEngine:
         self.engine.set_gradient_accumulation_boundary(False)
         with self.engine.coalesce_grad_reduction() if self.parallel.zero_stage == 2 else nullcontext():
             sums = run_schedule(self.stage, self.parallel, micro_batches, scale)
+        sum_accumulated(accumulated_gradients(self.engine, self._partial))
         self.engine.set_gradient_accumulation_boundary(True)
         if self.parallel.zero_stage < 2:
             self.engine.allreduce_gradients()

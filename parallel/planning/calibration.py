@@ -170,13 +170,19 @@ def read_benchmark(path: Path) -> Benchmark:
     )
 
 
-def fit(device: Device, devices_per_node: int, network: Network | None, measured: Sequence[Measured]) -> Device:
-    """The device with the constants under which predicted steps are nearest to measured ones (in ratio).
+def fit(
+    device: Device,
+    devices_per_node: int,
+    network: Network | None,
+    measured: Sequence[Measured],
+    names: Sequence[str] = FITTED,
+) -> Device:
+    """The device with the constants of these names under which predicted steps are nearest to measured ones (in ratio).
 
     Constants that no measurement depends on stay as they are.
     """
     for _ in range(ROUNDS):
-        for name in FITTED:
+        for name in names:
             device = _fit_one(device, name, lambda one: _error(one, devices_per_node, network, measured))
     return device
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass, fields
 
 from parallel.checkpointing import Policy
 from parallel.costs import PieceCost
+from parallel.partial_gradients import BUCKET_VALUES
 from parallel.planning.activations import piece_activations, received_bytes
 from parallel.planning.communication import Cluster
 from parallel.planning.policies import recomputed
@@ -17,6 +18,13 @@ from parallel.planning.workload import Workload
 PASSES_OVER_KEPT = 8.0
 OPERATORS_PER_LAYER = 120.0  # forward and backward
 PRODUCTS_PER_LAYER = 4.0
+PASSES_AGAIN = 4.0  # how often recomputation moves what it brings back: read, written, and temporaries between
+# What Python does for each layer and micro-batch: selective checkpointing looks at each operator; ZeRO 3 gathers and
+# releases each module. Measured with layers so small that nothing else counts.
+SELECTIVE_SECONDS = 2e-3
+ZERO_3_SECONDS = 3e-3
+BUCKET_PASSES = 6.0  # ZeRO copies gradients into a bucket, and from it to where they are kept: read and written
+PARTIAL_GRADIENTS_PER_LAYER = 6  # parameters whose gradients sequence parallelism sums: of both norms, and two biases
 OPTIMIZER_BYTES = 34.0  # per parameter: gradient, master weight and both moments read and written, weight written
 
 
@@ -26,7 +34,7 @@ class StepTime:
 
     Attributes:
         products: matrix products and attention, forward and backward.
-        elementwise: norms, activations, softmax and other work bound by memory.
+        elementwise: norms, activations, softmax and other work bound by memory or by what Python does for it.
         recomputation: of either, by activation checkpointing.
         tensor: collectives of tensor and sequence parallelism.
         pipeline: waiting for other stages, and messages between them.
@@ -57,6 +65,7 @@ def step_time(work: Workload, cluster: Cluster, policies: list[Mapping[str, Poli
     waiting = sum(totals) - totals[slowest]
     products, elementwise, recomputation, tensor = (part * work.num_micro_batches for part in stages[slowest])
     stage_numbers = range(work.parallel.pipeline)
+    tensor += max(_partial_gradient_seconds(work, cluster, stage) for stage in stage_numbers)
     return StepTime(
         products=products,
         elementwise=elementwise,
@@ -107,11 +116,24 @@ def _piece_seconds(
         logits = work.tokens * work.model.vocab_size / work.parallel.tensor
         moved += 6.0 * logits * 4.0
     elementwise = moved / rate
-    if ".layers." in piece.name:
-        elementwise = max(elementwise, OPERATORS_PER_LAYER * device.launch_seconds - products)
     again_flops, again_bytes = recomputed(work, piece, policy)
-    recomputation = _product_seconds(work, cluster, again_flops) + 2.0 * again_bytes / rate
+    recomputation = _product_seconds(work, cluster, again_flops) + PASSES_AGAIN * again_bytes / rate
+    if ".layers." in piece.name:
+        elementwise = _with_host_time(work, cluster, policy, products + recomputation, elementwise)
     return products, elementwise, recomputation, _tensor_seconds(work, cluster, piece, policy)
+
+
+def _with_host_time(work: Workload, cluster: Cluster, policy: Policy, others: float, elementwise: float) -> float:
+    """A layer's element-wise work, with what Python and the launch of operators add to it and to the others.
+
+    A GPU waits for them only where it is done before; a CPU does all one after the other.
+    """
+    python = SELECTIVE_SECONDS if policy == "selective" else 0.0
+    python += ZERO_3_SECONDS if work.parallel.zero_stage == 3 else 0.0
+    launches = OPERATORS_PER_LAYER * cluster.device.launch_seconds
+    if work.on_gpu:
+        return max(elementwise, launches + python - others)
+    return max(elementwise, launches - others) + python
 
 
 def _product_seconds(work: Workload, cluster: Cluster, flops: float) -> float:
@@ -139,24 +161,57 @@ def _attention_flops(work: Workload, piece: str) -> float:
 
 
 def _tensor_seconds(work: Workload, cluster: Cluster, cost: PieceCost, policy: Policy) -> float:
-    """Sums of the residual stream: after attention and feed-forward, and again for the gradients of their inputs.
-
-    Where ranks have their own blocks, sums of the parameters' gradients instead.
-    """
-    tensor, piece = work.parallel.tensor, cost.name
-    if tensor == 1:
+    """Collectives of the residual stream, in the forward and the backward pass of a micro-batch."""
+    parallel, piece = work.parallel, cost.name
+    if parallel.tensor == 1 or piece == "block_decoder.output":
         return 0.0
+    size = _summed_values(work, piece) * work.value_bytes
+    gather = cluster.all_gather(size, parallel.tensor, parallel.tensor)
     if work.is_whole(piece):
-        return cluster.all_reduce(float(work.value_bytes * cost.parameters), tensor, tensor)
-    size = work.positions(piece) * work.stack(piece).hidden_size * work.value_bytes
-    gather = cluster.all_gather(size, tensor, tensor)
-    one = 2.0 * gather if work.parallel.sequence_parallel else cluster.all_reduce(size, tensor, tensor)
+        # Ranks take their own blocks of what all have; the gradients are gathered.
+        return gather if piece == "token_decoder.input" and not parallel.sequence_parallel else 0.0
+    in_halves = parallel.sequence_parallel or (parallel.block_parallel and piece == "token_decoder.output")
+    one = 2.0 * gather if in_halves else cluster.all_reduce(size, parallel.tensor, parallel.tensor)
     if ".layers." not in piece:
-        return 0.0 if piece in ("block_decoder.output", "token_decoder.input") else 2.0 * one
+        return one  # an embedding's output is summed in forward, the gradient of the head's input in backward
+    # After attention and feed-forward, and again for the gradients of their inputs.
     sublayers = 3 if work.model.has_cross_attention and piece.startswith("token_decoder") else 2
     sums = 2.0 * sublayers + (0.0 if policy == "none" else sublayers - 1.0)
     # Sequence parallelism sums in two halves, and gathers each sublayer's input once more in its backward pass.
-    return sums * one + (sublayers * gather if work.parallel.sequence_parallel else 0.0)
+    return sums * one + (sublayers * gather if parallel.sequence_parallel else 0.0)
+
+
+def _summed_values(work: Workload, piece: str) -> float:
+    """Values of the residual stream of a micro-batch where a piece sums or gathers them."""
+    model, width = work.model, work.stack(piece).hidden_size
+    blocks = work.micro_batch_size * model.num_blocks if model.is_block else 0
+    if piece == "token_decoder.input":
+        if work.is_whole(piece):
+            return float(blocks * model.blocks.hidden_size)
+        return float(blocks * (model.block_length - 1) * width) if model.embeds_local_tokens else 0.0
+    if piece.endswith((".output", "vanilla.input")):
+        return float(work.tokens * width)
+    return work.positions(piece) * width
+
+
+def _partial_gradient_seconds(work: Workload, cluster: Cluster, stage: int) -> float:
+    """Sums of gradients of which each tensor-parallel rank has a part: once in a step, unless ZeRO reduces them before.
+
+    They are those of what all ranks hold and run on their own positions.
+    """
+    parallel = work.parallel
+    pieces = [piece for piece in work.stages[stage] if parallel.sequence_parallel or work.is_whole(piece.name)]
+    if parallel.tensor == 1 or not pieces:
+        return 0.0
+    values = sum(
+        piece.parameters if work.is_whole(piece.name) else piece.parameters - piece.split_parameters for piece in pieces
+    )
+    if parallel.zero_stage < 2 and not parallel.overlap_gradient_reduction:
+        buckets = math.ceil(values / BUCKET_VALUES)
+        return cluster.all_reduce(4.0 * values, parallel.tensor, parallel.tensor, buckets)
+    tensors = PARTIAL_GRADIENTS_PER_LAYER * len(pieces)
+    each = cluster.all_reduce(float(work.value_bytes * values), parallel.tensor, parallel.tensor, tensors)
+    return work.num_micro_batches * each
 
 
 def _messages(work: Workload, cluster: Cluster) -> float:
@@ -173,18 +228,18 @@ def _data_seconds(work: Workload, cluster: Cluster, stage: int) -> float:
     hidden = cluster.device.overlap if work.parallel.overlap_gradient_reduction else 0.0
     parallel, parameters = work.parallel, stage_parameters(work, stage)
     buckets = math.ceil(parameters / bucket_values(parameters))
+    copies = BUCKET_PASSES * 4.0 * parameters / (cluster.device.bytes_per_second * cluster.device.memory_efficiency)
     members, span = parallel.data, parallel.tensor * parallel.data
     gradients, weights = 4.0 * parameters, float(work.value_bytes * parameters)
     if parallel.zero_stage == 0:
         seconds = cluster.all_reduce(gradients, members, span)
-    elif parallel.zero_stage == 1 or parallel.pipeline > 1:
-        seconds = cluster.all_reduce(gradients, members, span, buckets) + cluster.all_gather(weights, members, span)
-    elif parallel.zero_stage == 2:
-        each = cluster.all_reduce(gradients, members, span, buckets)
-        seconds = work.num_micro_batches * each + cluster.all_gather(weights, members, span)
+    elif parallel.zero_stage <= 2:
+        times = work.num_micro_batches if parallel.zero_stage == 2 and parallel.pipeline == 1 else 1
+        each = cluster.all_reduce(gradients, members, span, buckets) + copies
+        seconds = times * each + cluster.all_gather(weights, members, span)
     else:
         gather = cluster.all_gather(weights, members, span, _gathered_modules(work, stage))
-        each = cluster.all_gather(gradients, members, span, buckets) + _gathers(work) * gather
+        each = cluster.all_gather(gradients, members, span, buckets) + _gathers(work) * gather + copies
         seconds = work.num_micro_batches * each
     return seconds * (1.0 - hidden)
 

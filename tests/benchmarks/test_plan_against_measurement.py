@@ -5,18 +5,26 @@ from typing import Any
 
 import pytest
 
+from benchmarks.layout_steps import LayoutProcesses
+from benchmarks.link_limits import Link
 from benchmarks.plan_against_measurement import (
-    Observation,
+    Memory,
+    Record,
+    Speed,
     allocated_bytes,
+    calibrated,
     describe,
-    fastest,
+    measure_speed,
     memory_table,
     observe,
     predicted_bytes,
+    read_record,
+    save,
     time_tables,
 )
 from parallel.config import ModelConfig, ParallelConfig
-from parallel.planning.hardware import DEVICES
+from parallel.device_limits import DeviceLimits
+from parallel.errors import ConfigurationError
 from parallel.planning.workload import Workload
 from tests.processes import run_processes
 from tests.tools.outcomes import Script
@@ -27,6 +35,7 @@ MODEL = ModelConfig.model_validate(
     {"vocab_size": 2048, "sequence_length": 256, "block_decoder": STACK, "token_decoder": STACK}
 )
 TOLERANCE = 0.1
+LIMITS = DeviceLimits("CPU", "float32", 9e10, 2e10)
 
 
 def work(size: int, count: int, precision: Any = "fp32", **layout: Any) -> Workload:
@@ -75,29 +84,51 @@ def test_predicted_memory_is_what_is_allocated(processes: int) -> None:
 
 @pytest.mark.slow
 def test_an_observation_has_all_its_numbers() -> None:
-    seen = run_processes(1, observe, LAYOUTS[1][-1], 2)[0]
+    seen = run_processes(1, observe, LAYOUTS[1][-1])[0]
     assert seen.allocated == pytest.approx(predicted_bytes(LAYOUTS[1][-1], 0), rel=TOLERANCE)
     assert min(seen.resident, seen.kept) > seen.allocated / 2
-    assert seen.step_seconds > 0
 
 
-def test_reports() -> None:
+@pytest.mark.slow
+def test_layouts_take_turns_in_processes_that_stay(capsys: pytest.CaptureFixture[str]) -> None:
+    speed = Speed(limits=LIMITS)
+    works = [LAYOUTS[1][-1], work(1, 1, data=2), work(1, 1, tensor=2, zero_stage=0)]
+    measure_speed(works, 2, speed)
+    measure_speed(works[:1], 1, speed)
+    assert [len(speed.step_seconds[describe(one)]) for one in works] == [12, 8, 8]
+    assert all(second > 0 for seconds in speed.step_seconds.values() for second in seconds)
+    assert len(speed.links) == 3
+    assert all(1e7 < link.bytes_per_second < 1e11 and 0 <= link.latency < 1 for link in speed.links)
+    assert capsys.readouterr().err.splitlines()[0].startswith("round 1/2")
+
+
+@pytest.mark.slow
+def test_a_process_that_ends_is_said() -> None:
+    impossible = work(1, 1, tensor=2)  # of two processes
+    with LayoutProcesses(1) as processes, pytest.raises(ConfigurationError, match="a process has ended"):
+        processes.steps(impossible, 1)
+
+
+def test_reports(tmp_path: Path) -> None:
     works = [LAYOUTS[1][0], *LAYOUTS[2][:2]]
-    observed = [
-        [Observation(2**20, 2**20, 2**20, seconds)] * one.parallel.world_size
-        for one, seconds in zip(works, (1, 2, 3), strict=True)
-    ]
-    assert len(memory_table(works, observed)) == 2 + 3
-    agreeing = [
-        time_tables(works, seconds, DEVICES["cpu"])[-1].split(": ")[1] for seconds in ([1.0, 2.0, 3.0], [1.0, 3.0, 2.0])
-    ]
-    assert sorted(agreeing) == ["0 of 1 pairs", "1 of 1 pairs"]
-    earlier = [Observation(1, 2, 3, step_seconds=1.0)]
-    assert fastest(earlier, [Observation(0, 0, 0, step_seconds=2.0)]) == earlier
-    assert fastest(earlier, [Observation(4, 5, 6, step_seconds=2.0)]) == [Observation(4, 5, 6, step_seconds=1.0)]
+    link = Link(bytes_per_second=2e9, latency=1e-4, gather_cost=0.75)
+    speed = Speed(limits=LIMITS, links=[link])
+    memory = Memory(resident=2**20, kept=2**20, allocated=2**20)
+    record = Record(memory={describe(one): [memory] * one.parallel.world_size for one in works}, speed=speed)
+    assert len(memory_table(works, record)) == 2 + 3
+    agreeing = []
+    for seconds in ([1.0, 2.0, 3.0], [1.0, 3.0, 2.0]):
+        speed.step_seconds = {describe(one): [0.1, second, 9.0] for one, second in zip(works, seconds, strict=True)}
+        devices = calibrated(works, speed)
+        agreeing.append(time_tables(works, speed, devices)[-1].split(": ")[1])
+    assert agreeing == ["1 of 1 pairs", "0 of 1 pairs"]
+    for device in devices:
+        assert (device.link_bytes_per_second, device.link_latency, device.gather_cost) == (2e9, 1e-4, 0.75)
+    save(record, tmp_path / "record.json")
+    assert read_record(tmp_path / "record.json") == record
 
 
-@pytest.mark.parametrize("content", ["", "[1]", '{"layout": [{"resident": 1}]}'])
+@pytest.mark.parametrize("content", ["", "[1]", '{"memory": {"layout": [{"resident": 1}]}}'])
 def test_a_file_of_something_else_is_refused_before_anything_is_measured(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], content: str
 ) -> None:

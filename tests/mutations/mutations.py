@@ -41,11 +41,32 @@ class Mutation:
 
 MUTATIONS = (
     Mutation(
-        "no all-reduce of norm gradients under sequence parallelism",
-        "parallel/stage.py",
-        "            parameter.register_hook(sum_over_tensor_parallel)\n",
-        "            pass\n",
+        "no all-reduce of norm gradients under sequence parallelism, where ZeRO reduces gradients early",
+        "parallel/partial_gradients.py",
+        "        parameter.register_hook(_summed)\n",
+        "        pass\n",
         PARITY,
+    ),
+    Mutation(
+        "no all-reduce of norm gradients under sequence parallelism, where gradients accumulate",
+        "train/step.py",
+        "        sum_accumulated(accumulated_gradients(self.engine, self._partial))\n",
+        "",
+        PARITY,
+    ),
+    Mutation(
+        "the bf16 gradients are summed, not those in fp32 that are kept of them",
+        "train/accumulated_gradients.py",
+        'if not hasattr(optimizer, "fp32_groups_gradients"):',
+        "if True:",
+        PARITY,
+    ),
+    Mutation(
+        "a layer that is computed again computes its last product too",
+        "parallel/linear.py",
+        "linear(input, weight, bias) if uses_onednn(input) else F.linear(input, weight, bias)",
+        "super()._forward_impl(input, weight, bias=bias, **_options)",
+        "tests/parallel/test_checkpointing.py::test_the_last_product_of_a_layer_is_not_computed_again",
     ),
     Mutation(
         "no division by data-parallel size (gradients too large by it)",
@@ -445,5 +466,12 @@ MUTATIONS = (
         "cluster.all_gather(weights, members, span, _gathered_modules(work, stage))",
         "cluster.all_gather(weights, members, span)",
         "tests/parallel/planning/test_step_time.py::test_zero_3_gathers_each_module_for_itself",
+    ),
+    Mutation(
+        "the planner forgets the sum before the head, the embedder's and the token decoder's embeddings",
+        "parallel/planning/step_time.py",
+        "return one  # an embedding's",
+        "return 0.0  # an embedding's",
+        "tests/parallel/planning/test_step_time.py::test_collectives_of_tensor_parallelism_add_up",
     ),
 )

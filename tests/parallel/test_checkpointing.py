@@ -1,11 +1,14 @@
 """Activation checkpointing changes memory, not gradients; the budget decides how much is recomputed."""
 
+from typing import Any
+
 import pytest
 import torch
 from pydantic import ValidationError
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from parallel.checkpointing import Policy
+from parallel.checkpointing import KEPT_OPERATIONS, POLICIES, Policy
 from parallel.config import ParallelConfig
 from parallel.inputs import MicroBatch
 from parallel.planning.memory import activation_bytes
@@ -32,6 +35,38 @@ def test_gradients_are_the_same(name: str) -> None:
         found = gradients(name, policy)  # type: ignore[arg-type]
         for parameter, gradient in expected.items():
             torch.testing.assert_close(found[parameter], gradient, rtol=1e-5, atol=1e-7)
+
+
+class Products(TorchDispatchMode):
+    """Counts products with weights."""
+
+    operations = KEPT_OPERATIONS & {
+        torch.ops.aten.mm.default,
+        torch.ops.aten.addmm.default,
+        torch.ops.mkldnn._linear_pointwise.default,
+    }
+    count = 0
+
+    def __torch_dispatch__(self, operation: Any, _types: Any, arguments: Any = (), options: Any = None) -> Any:
+        self.count += operation in self.operations
+        return operation(*arguments, **(options or {}))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_last_product_of_a_layer_is_not_computed_again(dtype: torch.dtype) -> None:
+    """Recomputation ends before it; in fp32 the products are oneDNN's, in bf16 torch's."""
+    counts: dict[Policy, int] = {}
+    config = MODELS["vanilla"]
+    for policy in POLICIES:
+        stage = build_stage(config, ParallelConfig(activation_checkpointing=policy), dtype)
+        ids = torch.arange(2 * config.sequence_length).view(2, -1) % config.vocab_size
+        loss = stage(MicroBatch(ids, torch.ones_like(ids, dtype=torch.bool))).sum()
+        with Products() as products:
+            loss.backward()
+        counts[policy] = products.count
+    layers = config.vanilla.num_layers
+    assert counts["selective"] - counts["none"] == layers  # attention's output product
+    assert counts["layer"] - counts["none"] == 3 * layers
 
 
 def budgeted(gib: float, **layout: int) -> Workload:

@@ -54,6 +54,45 @@ def test_what_costs_time_costs_time() -> None:
     assert seconds(work(pipeline=2)).pipeline > plain.pipeline == 0.0
 
 
+def test_collectives_of_tensor_parallelism_add_up() -> None:
+    """By hand, of 8 micro-batches: two sums in each pass of a layer, one of each embedding, one before the head."""
+    layers, width = MODEL.blocks.num_layers, MODEL.blocks.hidden_size
+    values = {
+        "blocks": MODEL.num_blocks * width * (4 * layers + 1),
+        "tokens": MODEL.num_blocks * MODEL.local_length * width * 4 * layers,
+        "embedded": MODEL.num_blocks * (MODEL.block_length - 1) * width,
+        "head": MODEL.sequence_length * width,
+    }
+    sums = 4 * layers * 2 + 3
+    expected = 8 * (sum(values.values()) * 4 / CLUSTER.device.link_bytes_per_second + sums * 2e-5)
+    assert seconds(work(tensor=2, zero_stage=0)).tensor == pytest.approx(expected)
+
+
+def test_partial_gradients_are_summed_once_in_a_step_unless_zero_reduces_them_before() -> None:
+    once, often = (seconds(work(tensor=2, sequence_parallel=True, zero_stage=zero)) for zero in (1, 2))
+    assert seconds(work(tensor=2, sequence_parallel=True, zero_stage=1, count=16)).tensor < 2.0 * once.tensor
+    pieces = 4 + 4  # layers, and what stands around them
+    latency = CLUSTER.all_reduce(0.0, 2, 2)
+    assert often.tensor - once.tensor == pytest.approx((8 * 6 * pieces - 1) * latency, rel=0.05)
+    own, shared = (seconds(work(tensor=2, block_parallel=blocks, zero_stage=1)) for blocks in (True, False))
+    assert own.tensor < shared.tensor
+
+
+def test_a_gpu_waits_for_python_only_where_it_has_nothing_to_do() -> None:
+    layers = 2 * MODEL.blocks.num_layers
+    fast = Cluster(CLUSTER.device.model_copy(update={"product_ramp_flops": 0.0}), 8, None)
+    on_gpu, on_cpu = (
+        {policy: seconds(with_policy(replace(work(), on_gpu=place), policy), fast) for policy in ("none", "selective")}
+        for place in (True, False)
+    )
+    # So small a layer is done before Python has looked at its operators.
+    assert on_gpu["selective"].total - on_gpu["none"].total == pytest.approx(8 * layers * 2e-3, rel=0.01)
+    slow = Cluster(CLUSTER.device.model_copy(update={"bytes_per_second": 1e6}), 8, None)
+    busy, none = (seconds(with_policy(work(), policy), slow) for policy in ("selective", "none"))
+    assert busy.elementwise == none.elementwise
+    assert on_cpu["selective"].elementwise - on_cpu["none"].elementwise > 0.9 * 8 * layers * 2e-3
+
+
 def test_nodes_apart_are_slower() -> None:
     far = seconds(work(data=16))
     assert far.data > seconds(work(data=16), replace(CLUSTER, devices_per_node=16)).data

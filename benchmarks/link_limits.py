@@ -1,0 +1,69 @@
+"""What collectives between the processes of a group take, as they do in a training step: each after a product."""
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.distributed
+from torch import Tensor
+
+REPEATS = 15
+SIZES = [2**exponent for exponent in range(12, 26)]  # bytes
+PRODUCT = 512  # width of the product before each collective; it takes some milliseconds
+
+
+@dataclass(frozen=True)
+class Link:
+    """Constants of parallel.planning.hardware.Device.
+
+    Attributes:
+        bytes_per_second: of rings of all-reduces.
+        latency: seconds of one of their steps.
+        gather_cost: an all-gather or a reduce-scatter, on average, over an all-reduce.
+    """
+
+    bytes_per_second: float
+    latency: float
+    gather_cost: float
+
+
+def measure_link() -> Link:
+    """Measures collectives of many sizes in the running group; takes some seconds."""
+    members = torch.distributed.get_world_size()
+    sums, halves = [], []
+    for size in SIZES:
+        whole = torch.zeros(size // 4)
+        part = torch.zeros(size // 4 // members)
+        sums.append(_median_seconds(lambda whole=whole: torch.distributed.all_reduce(whole)))  # type: ignore[misc]
+        halves.append(_median_seconds(lambda whole=whole, part=part: _gather_and_scatter(whole, part)) / 2)  # type: ignore[misc]
+    latency, seconds_per_byte = _line(SIZES, sums)
+    rings = 2.0 * (members - 1)
+    ratios = [half / whole for half, whole in zip(halves, sums, strict=True)]
+    return Link(rings / members / seconds_per_byte, latency / rings, statistics.geometric_mean(ratios))
+
+
+def _gather_and_scatter(whole: Tensor, part: Tensor) -> None:
+    torch.distributed.all_gather_into_tensor(whole, part)
+    torch.distributed.reduce_scatter_tensor(part, whole)
+
+
+def _median_seconds(collective: Callable[[], object]) -> float:
+    factor = torch.ones(PRODUCT, PRODUCT)
+    collective()
+    seconds = []
+    for _ in range(REPEATS):
+        factor @ factor
+        started = time.perf_counter()
+        collective()
+        seconds.append(time.perf_counter() - started)
+    return statistics.median(seconds)
+
+
+def _line(sizes: list[int], seconds: list[float]) -> tuple[float, float]:
+    """Seconds at size 0 and per byte of the line that is nearest to all, in ratio."""
+    times = torch.tensor(seconds, dtype=torch.float64)
+    rows = torch.stack((1.0 / times, torch.tensor(sizes, dtype=torch.float64) / times), dim=1)
+    at_zero, per_byte = torch.linalg.lstsq(rows, torch.ones(len(sizes), 1, dtype=torch.float64)).solution.flatten()
+    return max(0.0, float(at_zero)), float(per_byte)
