@@ -3,6 +3,7 @@
 import gc
 import multiprocessing
 import os
+import signal
 import time
 from contextlib import suppress
 from multiprocessing.connection import Connection
@@ -10,6 +11,7 @@ from typing import Any, Self
 
 import torch
 import torch.distributed
+import torch.nn.functional as F
 
 from benchmarks.link_limits import Link, measure_link
 from parallel.errors import ConfigurationError
@@ -28,6 +30,7 @@ SECONDS_TO_END = 20
 
 def train_steps(work: Workload, steps: int) -> list[float]:
     """Trains in this process of a running group; the seconds of each step."""
+    plain_linear = F.linear  # ZeRO 3 puts its own in the place of it, for all models of a process
     place = initialize_topology(work.parallel)
     dtype = torch.bfloat16 if work.precision == "bf16" else torch.float32
     stage = build_stage(work.model, work.parallel, dtype, policies=stage_policies(work, place.pipeline_rank))
@@ -44,6 +47,7 @@ def train_steps(work: Workload, steps: int) -> list[float]:
         engine.update(1e-4)
         seconds.append(time.perf_counter() - started)
     engine.engine.destroy()
+    F.linear = plain_linear
     return seconds
 
 
@@ -101,10 +105,12 @@ class LayoutProcesses:
         for process in self._processes:
             process.join(max(0.0, deadline - time.monotonic()))
             if process.is_alive():
-                process.terminate()
+                process.kill()
+                process.join()
 
 
 def _serve(rank: int, world_size: int, port: int, connection: Connection) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # whoever asks is interrupted too, and ends this process
     join_group(rank, world_size, port)
     keep_freed_memory()
     with suppress(EOFError):  # whoever asked has ended

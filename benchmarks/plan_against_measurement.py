@@ -18,7 +18,7 @@ import argparse
 import multiprocessing
 import statistics
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from itertools import combinations
@@ -161,8 +161,8 @@ def measure_memory(work: Workload) -> list[Memory]:
     return [found[rank] for rank in sorted(found)]
 
 
-def measure_speed(works: Sequence[Workload], rounds: int, speed: Speed) -> None:
-    """Lets all layouts take turns; adds their steps to those that are there."""
+def measure_speed(works: Sequence[Workload], rounds: int, speed: Speed) -> Iterator[int]:
+    """Lets all layouts take turns; adds their steps to those that are there, and yields after each round."""
     with ExitStack() as stack:
         sizes = sorted({work.parallel.world_size for work in works} | {2})
         processes = {size: stack.enter_context(LayoutProcesses(size)) for size in sizes}
@@ -173,6 +173,7 @@ def measure_speed(works: Sequence[Workload], rounds: int, speed: Speed) -> None:
                 speed.step_seconds.setdefault(describe(work), []).extend(seconds)
                 middle = statistics.median(seconds)
                 progress(f"round {number + 1}/{rounds}  {middle:6.2f} s  {describe(work)}")
+            yield number
 
 
 def progress(line: str) -> None:
@@ -299,10 +300,10 @@ def main() -> None:
         torch.set_num_threads(1)
         record.speed = Speed(limits=measure_device_limits(torch.device("cpu"), torch.float32))
     if lacking or arguments.again:
-        measure_speed(timed if arguments.again else lacking, arguments.rounds, record.speed)
-        save(record, arguments.output)
-    memory = [] if arguments.times_only else [*memory_table(works, record), ""]
-    print("\n".join([*memory, *time_tables(timed, record.speed, calibrated(timed, record.speed))]))
+        for _ in measure_speed(timed if arguments.again else lacking, arguments.rounds, record.speed):
+            save(record, arguments.output)
+    lines = [] if arguments.times_only else [*memory_table(works, record), ""]
+    print("\n".join(lines + (time_tables(timed, record.speed, calibrated(timed, record.speed)) if timed else [])))
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -321,7 +322,9 @@ def parse_arguments() -> argparse.Namespace:
 def save(record: Record, path: Path | None) -> None:
     """Keeps measurements for the next call."""
     if path:
-        path.write_text(record.model_dump_json(indent=1) + "\n", encoding="utf-8")
+        unfinished = path.with_name(f"{path.name}.new")
+        unfinished.write_text(record.model_dump_json(indent=1) + "\n", encoding="utf-8")
+        unfinished.replace(path)
 
 
 if __name__ == "__main__":

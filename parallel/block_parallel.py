@@ -2,8 +2,8 @@
 
 Given their context embeddings, blocks are independent of each other. So every rank can hold the whole token decoder and
 run it on its own blocks: nothing is sent in its forward pass, and in backward only the gradients of its parameters are
-summed, once for each micro-batch, instead of hidden states in every layer. The head stays split over the vocabulary and
-gathers the blocks as sequence parallelism does.
+summed, once in a step (under ZeRO 2 and 3 for each micro-batch), instead of hidden states in every layer. The head
+stays split over the vocabulary and gathers the blocks as sequence parallelism does.
 """
 
 from dataclasses import replace

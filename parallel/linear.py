@@ -71,7 +71,7 @@ class RowLinear(RowParallelLinear):
     """
 
     def _forward_impl(self, input: Tensor, weight: Tensor, bias: Tensor | None, **_options: Any) -> Tensor:
-        return linear(input, weight, bias) if uses_onednn(input) else F.linear(input, weight, bias)
+        return linear(input, weight, bias)
 
 
 def column_parallel(

@@ -25,6 +25,9 @@ def sum_as_they_arise(stage: nn.Module) -> None:
 def sum_accumulated(gradients: Iterable[Tensor]) -> None:
     """Sums accumulated gradients over the tensor-parallel group, in place: once for a step, small ones together."""
     for bucket in _buckets(sorted(gradients, key=Tensor.numel)):
+        if len(bucket) == 1 and bucket[0].is_contiguous():
+            sum_over_tensor_parallel(bucket[0])
+            continue
         flat = sum_over_tensor_parallel(torch.cat([gradient.reshape(-1) for gradient in bucket]))
         for gradient, part in zip(bucket, flat.split([one.numel() for one in bucket]), strict=True):
             gradient.copy_(part.view_as(gradient))

@@ -12,6 +12,7 @@ import torch
 import torch.distributed
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 
 def uses_onednn(values: Tensor) -> bool:
@@ -57,6 +58,7 @@ class _Factors(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor) -> Tensor:
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(hidden, weight)
         return hidden.view_as(hidden)
 
@@ -74,10 +76,13 @@ class _Linear(torch.autograd.Function):
         return product(hidden, weight, bias)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *arrived: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight = ctx.factors.saved_tensors
         gradient = arrived[0].contiguous()
         _, needs_weight, needs_bias, *_ = ctx.needs_input_grad
+        if ctx.factors is None:  # of neither
+            return None, None, gradient.flatten(0, -2).sum(dim=0), None, None, None
+        hidden, weight = ctx.factors.saved_tensors
         hidden_gradient = product(gradient, weight.t()) if ctx.hidden_has_gradient else None
         sum_done = None
         if ctx.group is not None and hidden_gradient is not None:

@@ -24,7 +24,8 @@ PASSES_AGAIN = 4.0  # how often recomputation moves what it brings back: read, w
 SELECTIVE_SECONDS = 2e-3
 ZERO_3_SECONDS = 3e-3
 BUCKET_PASSES = 6.0  # ZeRO copies gradients into a bucket, and from it to where they are kept: read and written
-PARTIAL_GRADIENTS_PER_LAYER = 6  # parameters whose gradients sequence parallelism sums: of both norms, and two biases
+# Parameters of a piece whose gradients sequence parallelism sums, of both norms and two biases; and block parallelism.
+PARTIAL_GRADIENTS, OWN_GRADIENTS = 6, 12
 OPTIMIZER_BYTES = 34.0  # per parameter: gradient, master weight and both moments read and written, weight written
 
 
@@ -162,29 +163,51 @@ def _attention_flops(work: Workload, piece: str) -> float:
 
 def _tensor_seconds(work: Workload, cluster: Cluster, cost: PieceCost, policy: Policy) -> float:
     """Collectives of the residual stream, in the forward and the backward pass of a micro-batch."""
-    parallel, piece = work.parallel, cost.name
-    if parallel.tensor == 1 or piece == "block_decoder.output":
-        return 0.0
+    parallel, piece, tensor = work.parallel, cost.name, work.parallel.tensor
     size = _summed_values(work, piece) * work.value_bytes
-    gather = cluster.all_gather(size, parallel.tensor, parallel.tensor)
+    if tensor == 1 or not size:
+        return 0.0
+    gather = cluster.all_gather(size, tensor, tensor)
     if work.is_whole(piece):
         # Ranks take their own blocks of what all have; the gradients are gathered.
         return gather if piece == "token_decoder.input" and not parallel.sequence_parallel else 0.0
     in_halves = parallel.sequence_parallel or (parallel.block_parallel and piece == "token_decoder.output")
-    one = 2.0 * gather if in_halves else cluster.all_reduce(size, parallel.tensor, parallel.tensor)
+    one = 2.0 * gather if in_halves else cluster.all_reduce(size, tensor, tensor)
+    if piece == "embedder" and work.model.embedder.has_encoder:
+        layers = work.model.embedder.roberta.num_layers
+        return one + layers * _layer_sums(2, one, gather if parallel.sequence_parallel else 0.0, "none")
     if ".layers." not in piece:
         return one  # an embedding's output is summed in forward, the gradient of the head's input in backward
-    # After attention and feed-forward, and again for the gradients of their inputs.
-    sublayers = 3 if work.model.has_cross_attention and piece.startswith("token_decoder") else 2
-    sums = 2.0 * sublayers + (0.0 if policy == "none" else sublayers - 1.0)
-    # Sequence parallelism sums in two halves, and gathers each sublayer's input once more in its backward pass.
-    return sums * one + (sublayers * gather if parallel.sequence_parallel else 0.0)
+    crosses = work.model.has_cross_attention and piece.startswith("token_decoder")
+    seconds = _layer_sums(3 if crosses else 2, one, gather if parallel.sequence_parallel else 0.0, policy)
+    if crosses:  # the gradient of what it reads is summed, or that is gathered as a sublayer's input is
+        again = 1.0 + (policy != "none") if parallel.sequence_parallel else 0.0
+        seconds += (one + again * gather) * work.model.num_context_vectors / work.model.local_length
+    return seconds
+
+
+def _layer_sums(sublayers: int, one: float, gather: float, policy: Policy) -> float:
+    """Sums after each sublayer, and again for the gradient of its input; what is computed again leaves out the last.
+
+    Args:
+        sublayers: attention, cross-attention and feed-forward.
+        one: seconds of a sum.
+        gather: of its half under sequence parallelism, which gathers each sublayer's input once more in its backward
+            pass; 0 without.
+        policy: of the layer.
+    """
+    again = 0.0 if policy == "none" else (sublayers - 1.0) * one + gather
+    return 2.0 * sublayers * one + sublayers * gather + again
 
 
 def _summed_values(work: Workload, piece: str) -> float:
     """Values of the residual stream of a micro-batch where a piece sums or gathers them."""
     model, width = work.model, work.stack(piece).hidden_size
     blocks = work.micro_batch_size * model.num_blocks if model.is_block else 0
+    if piece == "block_decoder.output":
+        return 0.0
+    if piece == "embedder" and model.embedder.has_encoder:
+        return float(blocks * model.block_length * model.embedder.roberta.hidden_size)
     if piece == "token_decoder.input":
         if work.is_whole(piece):
             return float(blocks * model.blocks.hidden_size)
@@ -209,7 +232,7 @@ def _partial_gradient_seconds(work: Workload, cluster: Cluster, stage: int) -> f
     if parallel.zero_stage < 2 and not parallel.overlap_gradient_reduction:
         buckets = math.ceil(values / BUCKET_VALUES)
         return cluster.all_reduce(4.0 * values, parallel.tensor, parallel.tensor, buckets)
-    tensors = PARTIAL_GRADIENTS_PER_LAYER * len(pieces)
+    tensors = sum(OWN_GRADIENTS if work.is_whole(piece.name) else PARTIAL_GRADIENTS for piece in pieces)
     each = cluster.all_reduce(float(work.value_bytes * values), parallel.tensor, parallel.tensor, tensors)
     return work.num_micro_batches * each
 
@@ -228,7 +251,9 @@ def _data_seconds(work: Workload, cluster: Cluster, stage: int) -> float:
     hidden = cluster.device.overlap if work.parallel.overlap_gradient_reduction else 0.0
     parallel, parameters = work.parallel, stage_parameters(work, stage)
     buckets = math.ceil(parameters / bucket_values(parameters))
-    copies = BUCKET_PASSES * 4.0 * parameters / (cluster.device.bytes_per_second * cluster.device.memory_efficiency)
+    has_bucket = parallel.zero_stage > 1 or work.precision == "fp32"  # ZeRO 1 keeps fp32 sums of bf16 in one piece
+    moved = BUCKET_PASSES * 4.0 * parameters if has_bucket else 0.0
+    copies = moved / (cluster.device.bytes_per_second * cluster.device.memory_efficiency)
     members, span = parallel.data, parallel.tensor * parallel.data
     gradients, weights = 4.0 * parameters, float(work.value_bytes * parameters)
     if parallel.zero_stage == 0:

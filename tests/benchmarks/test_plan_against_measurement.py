@@ -1,4 +1,4 @@
-"""The memory model against torch's allocator in real processes: states, buffers, activations, pipelines."""
+"""The memory model against torch's allocator in real processes, and the benchmark that measures layouts in turn."""
 
 from pathlib import Path
 from typing import Any
@@ -93,8 +93,8 @@ def test_an_observation_has_all_its_numbers() -> None:
 def test_layouts_take_turns_in_processes_that_stay(capsys: pytest.CaptureFixture[str]) -> None:
     speed = Speed(limits=LIMITS)
     works = [LAYOUTS[1][-1], work(1, 1, data=2), work(1, 1, tensor=2, zero_stage=0)]
-    measure_speed(works, 2, speed)
-    measure_speed(works[:1], 1, speed)
+    assert list(measure_speed(works, 2, speed)) == [0, 1]
+    assert list(measure_speed(works[:1], 1, speed)) == [0]
     assert [len(speed.step_seconds[describe(one)]) for one in works] == [12, 8, 8]
     assert all(second > 0 for seconds in speed.step_seconds.values() for second in seconds)
     assert len(speed.links) == 3

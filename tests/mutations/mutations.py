@@ -55,7 +55,7 @@ MUTATIONS = (
         PARITY,
     ),
     Mutation(
-        "the bf16 gradients are summed, not those in fp32 that are kept of them",
+        "the fp32 sums of bf16 gradients stay on their rank",
         "train/accumulated_gradients.py",
         'if not hasattr(optimizer, "fp32_groups_gradients"):',
         "if True:",
@@ -64,8 +64,8 @@ MUTATIONS = (
     Mutation(
         "a layer that is computed again computes its last product too",
         "parallel/linear.py",
-        "linear(input, weight, bias) if uses_onednn(input) else F.linear(input, weight, bias)",
-        "super()._forward_impl(input, weight, bias=bias, **_options)",
+        "        return linear(input, weight, bias)\n",
+        "        return super()._forward_impl(input, weight, bias=bias, **_options)\n",
         "tests/parallel/test_checkpointing.py::test_the_last_product_of_a_layer_is_not_computed_again",
     ),
     Mutation(

@@ -42,6 +42,25 @@ def test_gradients(rows: int, inputs: int, outputs: int, has_bias: bool) -> None
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("needed", [(0,), (1,), (2,), (0, 1), (0, 2), (1, 2)])
+def test_gradients_of_some(needed: tuple[int, ...]) -> None:
+    values = [torch.randn(shape) for shape in ((3, 4), (2, 4), (2,))]
+    found = []
+    for layer in (linear, F.linear):
+        own = [value.clone().requires_grad_(index in needed) for index, value in enumerate(values)]
+        layer(*own).square().sum().backward()  # type: ignore[operator]
+        found.append([value.grad for value in own])
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_gradients_of_gradients_are_refused() -> None:
+    weight = torch.randn(2, 4, requires_grad=True)
+    (gradient,) = torch.autograd.grad(linear(torch.randn(3, 4), weight, None).square().sum(), weight, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
+
+
 def test_what_needs_no_gradient_gets_none() -> None:
     hidden, weight = torch.randn(3, 4), torch.randn(2, 4, requires_grad=True)
     linear(hidden, weight, None).sum().backward()
