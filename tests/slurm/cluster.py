@@ -11,8 +11,8 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -222,6 +222,16 @@ class Cluster:
                 return state
             time.sleep(0.2)
         raise TimeoutError(f"job {job} is {state} after {seconds} s, not one of {', '.join(states)}")
+
+    @contextmanager
+    def starting_nothing(self) -> Iterator[None]:
+        """Jobs that are submitted meanwhile stay in the queue; they are cancelled in the end."""
+        self.run("scontrol", "update", "PartitionName=main", "State=DOWN")
+        try:
+            yield
+        finally:
+            self.run("scancel", "--user=root")
+            self.run("scontrol", "update", "PartitionName=main", "State=UP")
 
     def stop(self) -> None:
         """Cancels all jobs and ends what was started, by process id only."""

@@ -65,12 +65,10 @@ def run_script(cluster: Cluster, *overrides: str, **environment: str) -> subproc
 def test_submits_itself_with_the_values_of_the_site(cluster: Cluster, folder: Path, overrides: list[str]) -> None:
     environment = {"SITE_PARTITION": "main", "SITE_NODES": "2", "SITE_GPUS_PER_NODE": "4", "SITE_TIME": "10"}
     more = {"SITE_QOS": "normal", "SITE_CPUS_PER_TASK": "1", "RUN_NAME": "mine"}
-    result = run_script(cluster, *overrides, **environment, **more)
-    assert result.returncode == 0, result.stderr
-    number = result.stdout.split()[-1]
-    details = cluster.details(number)
-    cluster.run("scancel", number)
-    (ROOT / "runs" / f"mine-{number}.log").unlink(missing_ok=True)
+    with cluster.starting_nothing():
+        result = run_script(cluster, *overrides, **environment, **more)
+        assert result.returncode == 0, result.stderr
+        details = cluster.details(result.stdout.split()[-1])
     assert "sbatch --partition=main --qos=normal --nodes=2 " in result.stdout
     assert (details["JobName"], details["Partition"], details["TimeLimit"]) == ("mine", "main", "00:10:00")
     assert (details["NumNodes"], details["TresPerNode"]) == ("2-2", "gres:gpu:4")

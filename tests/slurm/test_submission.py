@@ -117,8 +117,7 @@ def test_a_run_that_waits_in_the_queue(
     config = load_config(config_file, ["run.name=waiting"])
     sweep = config_file.with_name("waiting_points.yaml")
     sweep.write_text("- {run.name: point_a}\n- {run.name: point_b, optimizer.learning_rate: 1.0e-3}\n")
-    on_cluster.run("scontrol", "update", "PartitionName=main", "State=DOWN")
-    try:
+    with on_cluster.starting_nothing():
         assert pretrain(monkeypatch, config_file, "run.name=waiting") == 0
         job = Submitted(on_cluster, config).job
         assert status(monkeypatch, capsys, config.directory) == (
@@ -139,9 +138,6 @@ def test_a_run_that_waits_in_the_queue(
             assert isinstance(pickled, TrainingJob)
             assert pickled.config.optimizer.learning_rate == rate
             assert pickled.checkpoint().function == pickled
-    finally:
-        on_cluster.run("scancel", "--user=root")
-        on_cluster.run("scontrol", "update", "PartitionName=main", "State=UP")
 
 
 def test_what_cannot_be_submitted_leaves_nothing_behind(
