@@ -35,8 +35,8 @@ def launch(config: RunConfig, launcher: Launcher, wait: bool = False) -> int:
         wait: stay until the submitted job has ended.
 
     Returns:
-        Exit status: 0 complete or submitted, 2 a user's mistake, 130 or 143 stopped after saving, 1 a crash, 137 a
-        killed rank.
+        Exit status: 0 complete or submitted, 2 a user's mistake, 130 or 143 stopped by a signal, after saving, even if
+        the run was just complete, 1 a crash, 137 a killed rank.
 
     Raises:
         ConfigurationError: the run cannot be started; before any process is.

@@ -80,14 +80,19 @@ def _summarize(job: Any, received: signal.Signals | None, lost: set[int]) -> int
     """Prints what went wrong, if anything, and gives the exit status; if ranks were lost, others are not to blame."""
     results = [_result(job.task(rank), rank) for rank in sorted(lost) or range(job.num_tasks)]
     statuses = {result.status for result in results}
-    if received and statuses <= {STOPPED_STATUS, KILLED_STATUS}:
-        saved = STOPPED_STATUS in statuses
-        print("stopped; the same command goes on from here" if saved else "stopped at the start", file=sys.stderr)
+    if received and (statuses == {0} or statuses <= {STOPPED_STATUS, KILLED_STATUS}):
+        print(_what_was_stopped(statuses), file=sys.stderr)
         return INTERRUPTED_STATUS if received is signal.SIGINT else STOPPED_STATUS
     for error in dict.fromkeys(result.error for result in results if result.error):
         print(f"error: {error}", file=sys.stderr)
     worst_first = (USER_ERROR_STATUS, CRASH_STATUS, KILLED_STATUS, STOPPED_STATUS)
     return next((status for status in worst_first if status in statuses), 0)
+
+
+def _what_was_stopped(statuses: set[int]) -> str:
+    if statuses == {0}:
+        return "stopped; this run was complete"  # what would follow, such as a sweep's next run, must not start
+    return "stopped; the same command goes on from here" if STOPPED_STATUS in statuses else "stopped at the start"
 
 
 def _result(task: Any, rank: int) -> RankResult:

@@ -150,5 +150,5 @@ def test_sigkill_at_random_times(tmp_path: Path) -> None:
     assert result.returncode == 0, result.stderr
     outcome = json.loads(result.stdout)
     assert outcome["kills"] == 30
-    assert outcome["published"] > 0
+    assert outcome["published"] > 1
     assert outcome["unfinished_saves"] > 0

@@ -1,5 +1,6 @@
 """The job scripts on a real cluster: what they submit, and that each mistake ends in one clear error."""
 
+import fcntl
 import os
 import shutil
 import subprocess
@@ -147,15 +148,24 @@ def test_submitted_from_elsewhere(cluster: Cluster, tmp_path: Path) -> None:
     assert (tmp_path / "log").read_text() == f"error: {tmp_path} is not the repository; submit from its root\n"
 
 
+def is_locked(path: Path) -> bool:
+    with path.open() as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
+
+
 def test_a_run_that_another_job_writes(cluster: Cluster, folder: Path, overrides: list[str]) -> None:
     lock = folder / "runs" / "taken" / ".lock"
     lock.parent.mkdir(parents=True)
     lock.write_text("process 7 on node1\n")
     writer = cluster.run(
-        *("sbatch", "--parsable", "--output=/dev/null"), f"--wrap=flock {lock} sleep 60", cwd=folder
+        *("sbatch", "--parsable", "--output=/dev/null"), f"--wrap=flock {lock} sleep 600", cwd=folder
     ).stdout.strip()
     cluster.wait_for(writer, ["RUNNING"])
-    wait_until(lambda: "FLOCK" in Path("/proc/locks").read_text(), 10.0, lambda: "nobody holds the lock")
+    wait_until(lambda: is_locked(lock), 60.0, lambda: "nobody holds the lock")
     refused = submit(cluster, folder, overrides, name="taken")
     assert "run taken is being written by another job (process 7 on node1)" in error_of(refused)
     cluster.run("scancel", writer)

@@ -1,6 +1,7 @@
 """Runs submitted to a real cluster from Python end like undisturbed ones, whatever happens to their jobs."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -93,13 +94,16 @@ def test_a_preempted_run_is_put_back_once_and_ends_like_an_undisturbed_one(
     assert announced.startswith(f"submitted run preempted as job {submitted.job}; log: {submitted.logs}")
     submitted.wait_until_said(f"step {DISTURBED}/")
     shown = status(monkeypatch, capsys, config.directory)
-    assert shown.startswith("preempted: running\n  step 1")
+    step = re.match(r"preempted: running\n  step (\d+) of 100", shown)
+    assert step is not None, shown
+    assert DISTURBED <= int(step[1]) < STEPS
     assert f"job {submitted.job} in Slurm: RUNNING on node[1-2]" in shown
     on_cluster.run("scancel", "--signal=USR2", submitted.job)
     printed = waiting.communicate(timeout=300)[0]
     assert waiting.returncode == 0
     assert "requeue: put back into the queue: it was stopped at step" in printed
-    assert "attempt 2; the one before: stopped: SIGUSR2" in printed
+    # Rank 0 may learn of it from the other rank before Slurm has brought it the signal.
+    assert re.search("attempt 2; the one before: stopped: (SIGUSR2|another rank was asked to)\n", printed), printed
     assert f"run preempted: complete at step {STEPS}" in printed
     submitted.assert_like(undisturbed)
     assert submitted.restarts == 1

@@ -110,6 +110,37 @@ def test_a_sweep_without_slurm_runs_one_point_after_another(
     assert capsys.readouterr().out == told * 2
 
 
+class SignalsAt:
+    """A standard output that interrupts this process when it is told something."""
+
+    def __init__(self, text: bytes) -> None:
+        self.buffer, self._text = self, text
+
+    def write(self, block: bytes | str) -> None:
+        if isinstance(block, bytes) and self._text in block:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def flush(self) -> None:
+        pass
+
+    def isatty(self) -> bool:
+        return False
+
+
+@pytest.mark.slow
+def test_a_signal_that_finds_a_run_complete_stops_the_sweep(
+    config_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """No rank takes notice of it any more, but the next run must not start."""
+    sweep = tmp_path / "points.yaml"
+    sweep.write_text("- {run.name: small, train.steps: 2}\n- {run.name: next}\n")
+    monkeypatch.setattr(sys, "argv", ["pretrain.py", str(config_file), "--sweep", str(sweep)])
+    monkeypatch.setattr(sys, "stdout", SignalsAt(b"run small: complete at step 2"))
+    assert tools.pretrain.main() == 143
+    assert "stopped; this run was complete" in capsys.readouterr().err
+    assert not (tmp_path / "runs" / "next").exists()
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

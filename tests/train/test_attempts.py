@@ -32,10 +32,14 @@ def _train(config: RunConfig, at_step: int, number: signal.Signals) -> None:
     place = initialize_topology(config.parallel)
 
     def after_step(step: int) -> None:
+        if step == at_step:
+            trainer.checkpoints.wait()
         if step == at_step and place.rank == 0:
             os.kill(os.getpid(), number)
 
-    Trainer(config, place, Requests(config.directory, StopSignals(), None, 0.0, place.rank == 0), after_step).run()
+    requests = Requests(config.directory, StopSignals(), None, 0.0, place.rank == 0)
+    trainer = Trainer(config, place, requests, after_step)
+    trainer.run()
 
 
 @pytest.fixture(scope="module")

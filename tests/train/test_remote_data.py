@@ -16,7 +16,7 @@ from data.streaming.source import BadShard
 from parallel.config import ParallelConfig
 from parallel.schedule import LossSums
 from parallel.topology import initialize_topology
-from tests.data.streaming.faulty_server import serving
+from tests.data.streaming.faulty_server import STALL_SECONDS, serving
 from tests.processes import run_processes
 from tests.train.small_run import EXAMPLES, VOCABULARY, small_run
 from tests.train.test_resume import run, samples, scalars
@@ -59,7 +59,7 @@ def test_training_over_faulty_http_sees_the_same_sequences(tmp_path: Path, shard
     run(local)
     records = read_manifest(shards / "train").shards
     assert len(records) > 4
-    cache = {"directory": str(tmp_path / "cache"), "stall_seconds": 0.5}
+    cache = {"directory": str(tmp_path / "cache"), "stall_seconds": STALL_SECONDS}
     with serving(shards) as server:
         faults = ("stall", "cut", "busy", "wrong")
         server.faults = {f"train/{record.file}": [fault] for record, fault in zip(records, faults, strict=False)}

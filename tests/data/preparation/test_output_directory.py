@@ -1,3 +1,4 @@
+import gc
 import os
 import shutil
 from pathlib import Path
@@ -35,6 +36,7 @@ def test_a_directory_deleted_before_it_is_locked(tmp_path: Path, monkeypatch: py
         lock(descriptor, operation)
 
     monkeypatch.setattr(output_directory.fcntl, "flock", delete_and_lock)
+    gc.collect()  # What earlier tests left open must not be closed in between.
     opened = len(os.listdir("/proc/self/fd"))
     with locked_directory(path):
         assert not fates

@@ -33,6 +33,7 @@ def test_no_rate_where_no_tokens_are_counted(
 ) -> None:
     """As in the search for duplicates."""
     monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", 0.0)
+    monkeypatch.setattr(progress.time, "monotonic", lambda: 100.0)
     np.save(tmp_path / "a.npy", np.zeros(3, HASHES))
     find_kept([HashFile(tmp_path / "a.npy", 3)], tmp_path / "kept.npy", 1, partition_documents=2)
     lines = capsys.readouterr().err.splitlines()

@@ -38,12 +38,15 @@ def test_reading_ahead_is_bounded_and_ends_with_the_consumer() -> None:
     before = threading.active_count()
     items = read_ahead(sources([1000, 1000, 1000, 1000], started, read), 2, 5)
     assert next(items) == 0
-    time.sleep(0.05)
-    assert started == [0, 1]
     # Five in the queue, one in hand; of the first, one is consumed.
-    assert (read.count(0), read.count(1)) == (7, 6)
+    deadline = time.monotonic() + 30
+    while (read.count(0), read.count(1)) != (7, 6):
+        assert time.monotonic() < deadline, read
+        time.sleep(0.01)
+    time.sleep(0.05)
+    assert (len(read), sorted(started)) == (13, [0, 1])
     items.close()  # type: ignore[attr-defined]
-    for _ in range(100):
+    for _ in range(1500):
         if threading.active_count() <= before:
             break
         time.sleep(0.02)

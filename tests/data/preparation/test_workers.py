@@ -3,18 +3,21 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
 from data.preparation.workers import TASKS_AHEAD, WorkerPool
 
 
-def squarer(slow: int) -> Callable[[int], int]:
-    """One task takes far longer than the others."""
+def squarer(slow: int, later: Path) -> Callable[[int], int]:
+    """One task waits until the other worker has done one that is given out when later results have come."""
 
     def square(task: int) -> int:
-        if task == slow:
-            time.sleep(0.3)
+        while task == slow and not later.exists():
+            time.sleep(0.01)
+        if task >= slow + 4:
+            later.touch()
         if task < 0:
             raise ValueError(f"task {task} is negative")
         return task * task
@@ -49,7 +52,7 @@ def echo() -> Callable[[bytes], tuple[int, bytes]]:
 
 
 @pytest.mark.slow
-def test_order_lookahead_and_errors() -> None:
+def test_order_lookahead_and_errors(tmp_path: Path) -> None:
     drawn = 0
 
     def tasks(numbers: range) -> Iterator[int]:
@@ -58,10 +61,12 @@ def test_order_lookahead_and_errors() -> None:
             drawn += 1
             yield number
 
-    with WorkerPool(functools.partial(squarer, 3), 2) as pool:
+    later = tmp_path / "later"
+    with WorkerPool(functools.partial(squarer, 3, later), 2) as pool:
         for position, result in enumerate(pool.map(tasks(range(50)))):
             assert result == position**2
             assert drawn <= position + 1 + 2 * TASKS_AHEAD
+        later.unlink()
         unordered = list(pool.map(range(20), ordered=False))
         assert sorted(unordered) == [number**2 for number in range(20)]
         assert unordered[3] != 9

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Literal
 
 Fault = Literal["stall", "cut", "busy", "wrong", "short", "missing"]
+# For who meets a stall or a busy server: a slow machine is none, but curl's pause of 2 s before it asks again is one.
+STALL_SECONDS = 1.5
 STATUSES = {"busy": 503, "missing": 404}
 
 

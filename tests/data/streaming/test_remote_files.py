@@ -12,7 +12,7 @@ from data.manifest import Manifest
 from data.streaming.corpus_files import FileIdentity, LocalFiles, lengths_of, open_corpus, tar_of
 from data.streaming.remote_files import RemoteFiles
 from tests.data.builders import numbered_documents, write_split
-from tests.data.streaming.faulty_server import FaultyServer
+from tests.data.streaming.faulty_server import STALL_SECONDS, FaultyServer
 
 
 @pytest.fixture
@@ -27,15 +27,15 @@ def files_of(manifest: Manifest) -> list[FileIdentity]:
 
 @pytest.fixture
 def open_remote(server: FaultyServer, tmp_path: Path) -> Callable[..., RemoteFiles]:
-    def open_it(location: str = server.url, **settings: object) -> RemoteFiles:
-        config = CacheConfig(directory=tmp_path / "cache", stall_seconds=0.3, **settings)
+    def open_it(location: str = server.url, stall_seconds: float = 20.0, **settings: object) -> RemoteFiles:
+        config = CacheConfig(directory=tmp_path / "cache", stall_seconds=stall_seconds, **settings)
         return RemoteFiles(location, config, first_wait_seconds=0.01)
 
     return open_it
 
 
 def wait_until(condition: Callable[[], object]) -> None:
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.005)
@@ -44,7 +44,7 @@ def wait_until(condition: Callable[[], object]) -> None:
 def test_all_kinds_of_files(server: FaultyServer, manifest: Manifest, open_remote: Callable[..., RemoteFiles]) -> None:
     server.faults["train/manifest.json"] = ["cut", "busy"]
     server.faults["train/shard-00000.tar"] = ["wrong", "short", "stall"]
-    files = open_remote()
+    files = open_remote(stall_seconds=STALL_SECONDS)
     files.check_sizes(files_of(manifest))
     for name in ("train/manifest.json", "tokenizer.model", "train/manifest.json"):
         assert files.metadata(name).read_bytes() == (server.folder / name).read_bytes()
@@ -97,7 +97,7 @@ def test_the_newest_wish_counts_and_failures_are_left_to_the_reader(
 ) -> None:
     wanted = files_of(manifest)
     server.faults[wanted[0].name] = ["stall"] * 4
-    files = open_remote(attempts=2)
+    files = open_remote(attempts=2, stall_seconds=STALL_SECONDS)
     files.prefetch(wanted[:6])
     wait_until(lambda: server.requests[wanted[0].name])
     files.prefetch([wanted[0], wanted[8]])

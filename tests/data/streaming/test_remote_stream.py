@@ -30,8 +30,8 @@ def open_stream(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[...
     patient = functools.partial(RemoteFiles, first_wait_seconds=0.01)
     monkeypatch.setattr("data.streaming.remote_files.RemoteFiles", patient)
 
-    def open_it(location: str, cache: str = "cache", attempts: int = 8, **settings: object) -> SequenceStream:
-        caching = CacheConfig(directory=tmp_path / cache, stall_seconds=0.3, attempts=attempts)
+    def open_it(location: str, *, attempts: int = 8, stall_seconds: float = 20.0, **settings: object) -> SequenceStream:
+        caching = CacheConfig(directory=tmp_path / "cache", stall_seconds=stall_seconds, attempts=attempts)
         config = DataConfig(path=location, cache=caching, shuffle_window_shards=3, **settings)
         return SequenceStream(config, "train", block_length=4, sequence_length=16)
 
@@ -46,7 +46,7 @@ def test_every_fault_leaves_the_sequences_as_they_are(
     names = [name for record in manifest.shards for name in (record.file, record.lengths_file)]
     server.faults = {f"train/{name}": [faults[number % 6], "cut"] for number, name in enumerate(names)}
     server.faults |= {"train/manifest.json": ["stall", "busy"], "tokenizer.model": ["cut"]}
-    remote, local = open_stream(server.url), open_stream(str(server.folder))
+    remote, local = open_stream(server.url, stall_seconds=0.3), open_stream(str(server.folder))
     assert remote.identity == local.identity
     for position, count in ((0, 1), (1, local.sequences_per_epoch), (7, 3)):
         expected, found = local.read(position, count), remote.read(position, count)
@@ -82,7 +82,7 @@ def test_shards_come_before_they_are_read(
     read = {sample.shard for sample in stream.sample_ids(0, 1)}
     stream.read(0, 1)
     names = {f"train/{record.file}" for index, record in enumerate(manifest.shards) if index not in read}
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while not names <= server.requests.keys():
         assert time.monotonic() < deadline, "nothing was fetched ahead"
         time.sleep(0.01)

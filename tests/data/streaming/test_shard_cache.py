@@ -1,5 +1,6 @@
 """Transfers are real (`cat` through a pipe); other processes are forked, because starting them anew takes long."""
 
+import fcntl
 import hashlib
 import os
 import shutil
@@ -13,7 +14,7 @@ import pytest
 
 from data.errors import DataError
 from data.streaming.corpus_files import FileIdentity
-from data.streaming.shard_cache import GIBIBYTE, ShardCache, Store
+from data.streaming.shard_cache import GIBIBYTE, LOCK_NAME, ShardCache, Store
 from data.streaming.transfer import Fetcher
 
 SIZE = 100_000
@@ -197,9 +198,9 @@ def test_processes_keep_the_bound_and_no_path_vanishes_before_it_is_opened(corpu
     def read_all(first: int) -> None:
         cache, names = open_cache(tmp_path, files=2, grace_seconds=0.1), list(corpus.files)
         for name in (names[first:] + names[:first]) * 2:
-            path = cache.add(corpus.files[name], corpus.fetch(name))
-            time.sleep(0.02)
-            assert path.read_bytes() == corpus.contents[name]
+            while (content := read_in_time(cache, corpus, name)) is None:
+                pass
+            assert content == corpus.contents[name]
 
     children = [in_child(lambda first=first: read_all(first)) for first in (0, 2, 4)]
     largest = 0
@@ -210,14 +211,25 @@ def test_processes_keep_the_bound_and_no_path_vanishes_before_it_is_opened(corpu
     assert SIZE <= largest <= 2 * SIZE
 
 
+def read_in_time(cache: ShardCache, corpus: Corpus, name: str) -> bytes | None:
+    """None if this process was so slow that the path could vanish."""
+    cache.add(corpus.files[name], corpus.fetch(name))
+    asked = time.monotonic()
+    path = cache.find(corpus.files[name])
+    time.sleep(0.02)
+    try:
+        return path and path.read_bytes()
+    except FileNotFoundError:
+        assert time.monotonic() - asked > 0.09  # The kernel's clock for files is up to 0.01 s behind.
+        return None
+
+
 def size_of(folder: Path) -> int:
-    size = 0
-    for path in folder.glob("*"):
-        try:
-            size += path.stat().st_size
-        except FileNotFoundError:
-            return 0
-    return size
+    if not (folder / LOCK_NAME).exists():
+        return 0
+    with open(folder / LOCK_NAME) as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        return sum(path.stat().st_size for path in folder.iterdir())
 
 
 def has_ended_well(child: int) -> bool:
@@ -237,11 +249,13 @@ def test_fetching_ahead_removes_nothing_that_is_wanted(corpus: Corpus, tmp_path:
 
 def test_fetching_ahead_leaves_files_to_their_fetchers(corpus: Corpus, tmp_path: Path) -> None:
     cache, file = open_cache(tmp_path), corpus.files["file-0"]
-    child = in_child(lambda: cache.add(file, corpus.fetch("file-0", "sleep 0.3; ")))
-    while not names_in(tmp_path / "cache"):
+    go = tmp_path / "go"
+    child = in_child(lambda: cache.add(file, corpus.fetch("file-0", f"until [ -e {go} ]; do sleep 0.01; done; ")))
+    while not (tmp_path / "log").exists():
         time.sleep(0.005)
     assert cache.add_ahead(file, corpus.fetch("file-0"), set())
     assert cache.find(file) is None
+    go.touch()
     assert status_of(child) == 0
     assert cache.find(file) is not None
     assert corpus.transfers == ["file-0"]

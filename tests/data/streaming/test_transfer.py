@@ -12,17 +12,19 @@ import pytest
 
 from data.errors import DataError, MissingFileError
 from data.streaming.transfer import Fetcher
-from tests.data.streaming.faulty_server import FaultyServer
+from tests.data.streaming.faulty_server import STALL_SECONDS, FaultyServer
 
 CONTENT = os.urandom(300_000)
 
 
-def fetcher(location: str, attempts: int = 5) -> Fetcher:
-    return Fetcher(location, attempts=attempts, stall_seconds=0.3, first_wait_seconds=0.01)
+def fetcher(location: str, attempts: int = 5, stall_seconds: float = 20.0) -> Fetcher:
+    return Fetcher(location, attempts=attempts, stall_seconds=stall_seconds, first_wait_seconds=0.01)
 
 
-def fetch(location: str, name: str = "a/file", *, attempts: int = 5, expected: bool = True) -> bytes:
-    return fetcher(location, attempts).fetch(name, b"".join, expected=expected)
+def fetch(
+    location: str, name: str = "a/file", *, attempts: int = 5, expected: bool = True, stall_seconds: float = 20.0
+) -> bytes:
+    return fetcher(location, attempts, stall_seconds).fetch(name, b"".join, expected=expected)
 
 
 @pytest.fixture
@@ -34,14 +36,14 @@ def served(server: FaultyServer) -> FaultyServer:
 
 def test_a_transfer_survives_every_fault(served: FaultyServer, capfd: pytest.CaptureFixture[str]) -> None:
     served.faults["a/file"] = ["stall", "cut", "busy", "missing"]
-    assert fetch(served.url) == CONTENT
+    assert fetch(served.url, stall_seconds=STALL_SECONDS) == CONTENT
     assert served.requests["a/file"] == 5
     lines = capfd.readouterr().err.splitlines()
     begin = f"fetching a/file from {served.url}: "
     assert [line.removeprefix(begin).partition(";")[0] for line in lines] == [
-        "no byte came for 0.3 s",
+        "no byte came for 1.5 s",
         "the connection was cut in mid-file (curl ended with status 18)",
-        "no byte came for 0.3 s",
+        "no byte came for 1.5 s",
         "the server answers with an HTTP error, such as 404 for a file that is not there (curl ended with status 22)",
     ]
     assert [line.partition("; ")[2].rpartition(" in ")[0] for line in lines] == [
@@ -75,7 +77,7 @@ def test_a_file_that_may_be_missing_is_asked_for_once(served: FaultyServer) -> N
     with pytest.raises(MissingFileError, match=r"a/other cannot be fetched .* 404 .*\(1 attempt\)"):
         fetch(served.url, "a/other", expected=False)
     served.faults["a/file"] = ["cut", "busy"]
-    assert fetch(served.url, expected=False) == CONTENT
+    assert fetch(served.url, expected=False, stall_seconds=STALL_SECONDS) == CONTENT
 
 
 def test_a_signature_stays_behind_the_path_and_out_of_messages(served: FaultyServer) -> None:
@@ -102,19 +104,19 @@ def test_commands(tmp_path: Path) -> None:
     [
         ("pipe:echo half of {file}; exit 3", r"the command ended with status 3 \(2 attempts\)"),
         ("pipe:kill -9 $$ # {file}", r"the command ended with signal 9 \(2 attempts\)"),
-        ("pipe:exec 1>&-; sleep 9; : {file}", r"the transfer did not end for 0.3 s after its last byte"),
+        ("pipe:exec 1>&-; sleep 9; : {file}", r"the transfer did not end for 1.5 s after its last byte"),
         ("pipe:no-such-program {file}", r"a program of this command is not installed here \(status 127\)"),
     ],
 )
 def test_commands_that_fail(location: str, message: str) -> None:
     with pytest.raises(DataError, match=message):
-        fetch(location, attempts=2)
+        fetch(location, attempts=2, stall_seconds=STALL_SECONDS)
 
 
 def test_a_stalled_command_ends_with_its_children(tmp_path: Path) -> None:
     command = f"sh -c 'echo $$ > {tmp_path}/child; sleep 60' | cat; : {{file}}"
     with pytest.raises(DataError, match="no byte came"):
-        fetch(f"pipe:{command}", attempts=1)
+        fetch(f"pipe:{command}", attempts=1, stall_seconds=STALL_SECONDS)
     child = int((tmp_path / "child").read_text())
     deadline = time.monotonic() + 5
     while is_running(child):
@@ -180,15 +182,17 @@ def test_nothing_is_left_running_at_the_end_of_the_process(tmp_path: Path) -> No
     program = (
         "import contextlib, os, threading, time\n"
         "from data.errors import DataError\n"
-        "from data.streaming.transfer import Fetcher\n"
+        "from data.streaming import transfer\n"
+        "pause, paused = transfer._exiting.wait, threading.Event()\n"
+        "transfer._exiting.wait = lambda seconds: (paused.set(), pause(seconds))\n"
         "def fetch(command):\n"
-        "    fetcher = Fetcher(command + ' # {file}', attempts=9, stall_seconds=60, first_wait_seconds=60)\n"
+        "    fetcher = transfer.Fetcher(command + ' # {file}', attempts=9, stall_seconds=60, first_wait_seconds=60)\n"
         "    with contextlib.suppress(DataError):\n"
         "        fetcher.fetch('x', b''.join, expected=True)\n"
         f"for command in ('pipe:echo $$ > {tmp_path}/pid; sleep 60', 'pipe:false'):\n"
         "    threading.Thread(target=fetch, args=(command,), daemon=True).start()\n"
-        f"while not os.path.exists('{tmp_path}/pid'): time.sleep(0.01)\n"
-        "time.sleep(0.2)\n"
+        "paused.wait()\n"
+        f"while not (os.path.exists('{tmp_path}/pid') and open('{tmp_path}/pid').read()): time.sleep(0.01)\n"
     )
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=30)
     assert result.returncode == 0
