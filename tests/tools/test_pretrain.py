@@ -133,9 +133,9 @@ def test_a_signal_that_finds_a_run_complete_stops_the_sweep(
 ) -> None:
     """No rank takes notice of it any more, but the next run must not start."""
     sweep = tmp_path / "points.yaml"
-    sweep.write_text("- {run.name: small, train.steps: 2}\n- {run.name: next}\n")
+    sweep.write_text("- {run.name: small, train.steps: 4}\n- {run.name: next}\n")
     monkeypatch.setattr(sys, "argv", ["pretrain.py", str(config_file), "--sweep", str(sweep)])
-    monkeypatch.setattr(sys, "stdout", SignalsAt(b"run small: complete at step 2"))
+    monkeypatch.setattr(sys, "stdout", SignalsAt(b"run small: complete at step 4"))
     assert tools.pretrain.main() == 143
     assert "stopped; this run was complete" in capsys.readouterr().err
     assert not (tmp_path / "runs" / "next").exists()
