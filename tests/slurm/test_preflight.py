@@ -62,10 +62,10 @@ def test_a_run_folder_that_is_not_shared(cluster: Cluster, folder: Path, overrid
 def test_a_node_that_never_answers(cluster: Cluster, folder: Path, overrides: list[str]) -> None:
     """It may be gone, so the job is put back into the queue."""
     silent = python_that(folder, "slurm.preflight", "[[ $(hostname) != node2 ]] || sleep 600")
-    job = submit(cluster, folder, overrides, name="silent", SITE_VENV=silent, SITE_PREFLIGHT="60")
+    job = submit(cluster, folder, overrides, name="silent", SITE_VENV=silent, SITE_PREFLIGHT="40")
     try:
         wait_until(lambda: "put back into the queue" in job.log, 180.0, lambda: job.log)
-        assert "error: preflight: node node2 did not answer within 60 s\n" in job.log
+        assert "error: preflight: node node2 did not answer within 40 s\n" in job.log
         assert "node1 did not" not in job.log
     finally:
         cluster.run("scancel", job.number)
