@@ -142,7 +142,8 @@ finally:
 
 @pytest.mark.slow
 def test_memory_stays_near_one_copy_of_the_weights(tmp_path: Path) -> None:
-    """Against the same program on a model of nothing: a file's fp32 values, and once more while they are written."""
+    """Against the same program on a model of nothing. Two and a bit: mapped pages of the files that are compared count
+    too. A second copy of the values while they are written is found."""
     peaks = {}
     for name, width, layers in (("nothing", 32, 1), ("large", 1024, 5)):
         save_transformers(
@@ -166,4 +167,4 @@ def test_memory_stays_near_one_copy_of_the_weights(tmp_path: Path) -> None:
         result = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=300, check=True)
         peaks[name] = 1024 * int(result.stdout.split("peak ")[1])
     copy = 4 * (5 * 12 * 1024**2 + 2 * 1024**2)
-    assert peaks["large"] - peaks["nothing"] < 2 * copy
+    assert peaks["large"] - peaks["nothing"] < 2.25 * copy
