@@ -106,12 +106,14 @@ def test_an_observation_has_all_its_numbers() -> None:
 
 @pytest.mark.slow
 def test_layouts_take_turns_in_processes_that_stay(capsys: pytest.CaptureFixture[str]) -> None:
-    speed = Speed(limits=LIMITS)
+    """What an earlier measurement left is kept."""
     works = [LAYOUTS[1][-1], work(1, 1, data=2), work(1, 1, tensor=2, zero_stage=0)]
+    earlier = {describe(works[0]): [1.0] * 4}
+    speed = Speed(limits=LIMITS, links=[Link(1e9, 1e-3, 0.75)], step_seconds=earlier)
     assert list(measure_speed(works, 2, speed)) == [0, 1]
-    assert [len(speed.step_seconds[describe(one)]) for one in works] == [8, 8, 8]
+    assert [len(speed.step_seconds[describe(one)]) for one in works] == [12, 8, 8]
     assert all(second > 0 for seconds in speed.step_seconds.values() for second in seconds)
-    assert len(speed.links) == 2
+    assert len(speed.links) == 3
     assert all(1e7 < link.bytes_per_second < 1e11 and 0 <= link.latency < 1 for link in speed.links)
     assert capsys.readouterr().err.splitlines()[0].startswith("round 1/2")
 
