@@ -20,6 +20,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from parallel.errors import ConfigurationError
+from parallel.processor import processor_entry
 
 REPOSITORY_ROOT = Path(__file__).resolve().parents[1]
 BUILD_TOOLS = {
@@ -170,17 +171,10 @@ def _make_ninja_visible() -> None:
 
 def _build_key() -> str:
     """Name of the cache for this Python, torch and processor: DeepSpeed compiles with -march=native."""
-    processor = platform.machine() + _processor_flags()
+    flags = processor_entry("flags", "Features") or platform.processor()
+    processor = platform.machine() + flags
     digest = hashlib.sha256(processor.encode()).hexdigest()[:8]
     return f"py{sys.version_info.major}{sys.version_info.minor}-torch{version('torch')}-{digest}"
-
-
-def _processor_flags() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line for line in lines if line.startswith(("flags", "Features"))), "")
 
 
 def _remove_if_stale(lock: Path) -> bool:

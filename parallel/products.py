@@ -1,9 +1,10 @@
 """Matrix products by the fastest library there is for the device.
 
-On CPU, torch.mm calls MKL, which is slow on other vendors' processors. oneDNN, which torch carries as well, multiplied
-fp32 matrices 1.1 to 1.3 times as fast on an AMD EPYC (Zen 4), of all shapes that training meets, but where the left
-matrix is transposed (gradients of weights: 0.6 to 1.2 times); on GPUs torch.mm is as good as any. torch (2.11 to 2.13)
-offers oneDNN's fp32 products under a private name only.
+On CPU, torch.mm calls MKL, which is slow where the processor is not Intel's. oneDNN, which torch carries as well,
+multiplied fp32 matrices 1.1 to 1.3 times as fast on an AMD EPYC (Zen 4), of all shapes that training meets, but where
+the left matrix is transposed (gradients of weights: 0.6 to 1.2 times). On an Intel Xeon (AVX-512) it was the other way
+round: 157 to 212 GFLOP/s by MKL, 83 to 116 by oneDNN for the head's matrices. On GPUs torch.mm is as good as any. torch
+(2.11 to 2.13) offers oneDNN's fp32 products under a private name only.
 """
 
 from typing import Any
@@ -14,10 +15,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from parallel.processor import processor_entry
+
 
 def uses_onednn(values: Tensor) -> bool:
     """Whether products of such values go to oneDNN."""
-    return values.device.type == "cpu" and values.dtype is torch.float32 and torch.backends.mkldnn.is_available()
+    if values.device.type != "cpu" or values.dtype is not torch.float32 or not torch.backends.mkldnn.is_available():
+        return False
+    return not (torch.backends.mkl.is_available() and processor_entry("vendor_id") == "GenuineIntel")
 
 
 def product(left: Tensor, right: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -54,7 +54,7 @@ class Products(TorchDispatchMode):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_last_product_of_a_layer_is_not_computed_again(dtype: torch.dtype) -> None:
-    """Recomputation ends before it; in fp32 the products are oneDNN's, in bf16 torch's."""
+    """Recomputation ends before it; in fp32 the products may be oneDNN's, in bf16 they are torch's."""
     counts: dict[Policy, int] = {}
     config = MODELS["vanilla"]
     for policy in POLICIES:

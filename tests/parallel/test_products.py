@@ -1,18 +1,39 @@
-"""oneDNN's products against torch's."""
+"""Products of oneDNN and of MKL, whichever the processor, against torch's."""
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from parallel import products
 from parallel.products import linear, product, uses_onednn
 
 SHAPES = [(1, 1, 1), (3, 5, 7), (20, 33, 16), (0, 4, 3)]
 
 
-def test_cpu_products_in_fp32_go_to_onednn() -> None:
-    assert uses_onednn(torch.zeros(1))
+@pytest.fixture(params=["GenuineIntel", "AuthenticAMD", ""], autouse=True)
+def vendor(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Who made the processor, as far as the choice of the library is concerned."""
+    name: str = request.param
+    monkeypatch.setattr(products, "processor_entry", lambda *_: name)
+    return name
+
+
+def test_cpu_products_in_fp32_go_to_onednn_where_mkl_is_slow(vendor: str) -> None:
+    assert uses_onednn(torch.zeros(1)) == (vendor != "GenuineIntel")
     assert not uses_onednn(torch.zeros(1, dtype=torch.bfloat16))
+
+
+def test_without_mkl_they_do_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: False)
+    assert uses_onednn(torch.zeros(1))
+
+
+def test_the_library_is_the_chosen_one(vendor: str) -> None:
+    with torch.profiler.profile() as profile:
+        product(torch.ones(8, 4), torch.ones(3, 4))
+    called = {event.key for event in profile.key_averages()}
+    assert ("mkldnn::_linear_pointwise" in called) == (vendor != "GenuineIntel")
 
 
 @pytest.mark.parametrize(("rows", "inputs", "outputs"), SHAPES)
