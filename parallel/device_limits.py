@@ -1,5 +1,6 @@
 """What this device can do at best: the yardsticks that measured speeds are held against."""
 
+import functools
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -7,6 +8,8 @@ from dataclasses import dataclass
 import torch
 
 REPEATS = 5
+SECONDS_OF_REPEATS = 4.0  # after so long no further one is begun
+SECONDS_OF_PRODUCT = 2.0  # of the largest; on a CPU without instructions for bf16, 4,096 rows would take minutes
 
 
 @dataclass(frozen=True)
@@ -38,23 +41,32 @@ class DeviceLimits:
 
 
 def measure_device_limits(device: torch.device, dtype: torch.dtype) -> DeviceLimits:
-    """Measures both limits; takes about two seconds.
+    """Measures both limits; takes a few seconds.
 
     Args:
         device: where.
         dtype: type of the values.
     """
-    size = 4096 if device.type == "cpu" else 8192
-    factor = torch.randn(size, size, device=device).to(dtype)
-    product = torch.empty_like(factor)
     source = torch.zeros(2**28 if device.type == "cpu" else 2**31, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     return DeviceLimits(
         device=device_name(device),
         dtype=str(dtype).removeprefix("torch."),
-        flops_per_second=2.0 * size**3 / _best_seconds(lambda: torch.mm(factor, factor, out=product), device),
+        flops_per_second=_product_flops_per_second(device, dtype),
         bytes_per_second=2.0 * source.nbytes / _best_seconds(lambda: target.copy_(source), device),
     )
+
+
+def _product_flops_per_second(device: torch.device, dtype: torch.dtype) -> float:
+    """Of square matrices, each twice as large as the one before: the largest that do not take long."""
+    size, largest = 512, 4096 if device.type == "cpu" else 8192
+    while True:
+        factor = torch.randn(size, size, device=device).to(dtype)
+        product = torch.empty_like(factor)
+        seconds = _best_seconds(functools.partial(torch.mm, factor, factor, out=product), device)
+        if size == largest or 8 * seconds > SECONDS_OF_PRODUCT:
+            return 2.0 * size**3 / seconds
+        size *= 2
 
 
 def device_name(device: torch.device) -> str:
@@ -72,11 +84,14 @@ def synchronize(device: torch.device) -> None:
 
 def _best_seconds(work: Callable[[], object], device: torch.device) -> float:
     work()
-    best = float("inf")
-    for _ in range(REPEATS):
+    best = spent = 0.0
+    for number in range(REPEATS):
         synchronize(device)
         started = time.perf_counter()
         work()
         synchronize(device)
-        best = min(best, time.perf_counter() - started)
+        seconds = time.perf_counter() - started
+        best, spent = min(best, seconds) if number else seconds, spent + seconds
+        if spent > SECONDS_OF_REPEATS:
+            break
     return best
