@@ -9,7 +9,7 @@ import torch
 
 REPEATS = 5
 SECONDS_OF_REPEATS = 4.0  # after so long no further one is begun
-SECONDS_OF_PRODUCT = 2.0  # of the largest; on a CPU without instructions for bf16, 4,096 rows would take minutes
+SECONDS_OF_PRODUCT = 4.0  # of the largest; on a CPU without instructions for bf16, 4,096 rows would take minutes
 
 
 @dataclass(frozen=True)
@@ -84,14 +84,15 @@ def synchronize(device: torch.device) -> None:
 
 def _best_seconds(work: Callable[[], object], device: torch.device) -> float:
     work()
-    best = spent = 0.0
-    for number in range(REPEATS):
+    best, spent = float("inf"), 0.0
+    for _ in range(REPEATS):
         synchronize(device)
         started = time.perf_counter()
         work()
         synchronize(device)
         seconds = time.perf_counter() - started
-        best, spent = min(best, seconds) if number else seconds, spent + seconds
+        best = min(best, seconds)
+        spent += seconds
         if spent > SECONDS_OF_REPEATS:
             break
     return best

@@ -17,7 +17,7 @@ from megatron.core.tensor_parallel import (
 from megatron.core.transformer import TransformerConfig
 from torch import Tensor, nn
 
-from parallel.products import linear, uses_onednn
+from parallel.products import linear
 
 
 def tensor_group(megatron: TransformerConfig) -> torch.distributed.ProcessGroup:
@@ -52,12 +52,12 @@ def mark_partial_gradient(module: nn.Module, partial: bool) -> None:
 class ColumnLinear(ColumnParallelLinear):
     """Linear layer whose output features are split.
 
-    With the products of parallel.products where torch.mm is not the best there is.
+    On CPU with the products of parallel.products, which also add the bias without another pass over the output.
     """
 
     def _forward_impl(self, input: Tensor, weight: Tensor, bias: Tensor | None, **options: Any) -> Tensor:
         # Under sequence parallelism Megatron-core gathers the input as well, and anew in backward.
-        if options["sequence_parallel"] or not uses_onednn(input):
+        if options["sequence_parallel"] or input.device.type != "cpu":
             result: Tensor = super()._forward_impl(input, weight, bias=bias, **options)
             return result
         return linear(input, weight, bias, options["tp_group"] if options["allreduce_dgrad"] else None)

@@ -3,8 +3,8 @@
 On CPU, torch.mm calls MKL, which is slow where the processor is not Intel's. oneDNN, which torch carries as well,
 multiplied fp32 matrices 1.1 to 1.3 times as fast on an AMD EPYC (Zen 4), of all shapes that training meets, but where
 the left matrix is transposed (gradients of weights: 0.6 to 1.2 times). On an Intel Xeon (AVX-512) it was the other way
-round: 157 to 212 GFLOP/s by MKL, 83 to 116 by oneDNN for the head's matrices. On GPUs torch.mm is as good as any. torch
-(2.11 to 2.13) offers oneDNN's fp32 products under a private name only.
+round: 157 to 212 GFLOP/s by MKL, 83 to 116 by oneDNN for 256 rows and more by the head's matrix. On GPUs torch.mm is as
+good as any. torch (2.11 to 2.13) offers oneDNN's fp32 products under a private name only.
 """
 
 from typing import Any

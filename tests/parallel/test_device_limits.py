@@ -33,7 +33,7 @@ def test_limits() -> None:
 
 
 def test_slow_products_are_measured_with_small_matrices(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No library multiplies integers fast; 4,096 rows take minutes, as bf16 does on a CPU without such instructions."""
+    """As bf16 is on a CPU without instructions for it, where 4,096 rows take minutes; integers are slow anywhere."""
     monkeypatch.setattr(device_limits, "SECONDS_OF_PRODUCT", 0.2)
     with Products() as products:
         limits = measure_device_limits(CPU, torch.int32)

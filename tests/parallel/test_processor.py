@@ -25,7 +25,7 @@ def _forget() -> Iterator[None]:
 
 
 def test_entries(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Path, "read_text", lambda _path: CPUINFO)
+    monkeypatch.setattr(Path, "read_text", lambda *_, **__: CPUINFO)
     assert processor_entry("vendor_id") == "GenuineIntel"
     assert processor_entry("model name") == "Xeon: a processor"
     assert processor_entry("Features", "flags") == "fpu vme"
@@ -33,7 +33,7 @@ def test_entries(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_no_file(monkeypatch: pytest.MonkeyPatch) -> None:
-    def missing(_path: Path) -> str:
+    def missing(*_: object, **__: object) -> str:
         raise FileNotFoundError
 
     monkeypatch.setattr(Path, "read_text", missing)
