@@ -20,10 +20,14 @@ import statistics
 import subprocess
 import tempfile
 import time
+import warnings
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
 from typing import Any, Self
+
+# Megatron-core warns at import about optional libraries that this project does not use.
+warnings.filterwarnings("ignore", module=r"megatron\.core")
 
 import torch
 

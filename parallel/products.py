@@ -1,10 +1,11 @@
 """Matrix products by the fastest library there is for the device.
 
-On CPU, torch.mm calls MKL, which is slow where the processor is not Intel's. oneDNN, which torch carries as well,
-multiplied fp32 matrices 1.1 to 1.3 times as fast on an AMD EPYC (Zen 4), of all shapes that training meets, but where
-the left matrix is transposed (gradients of weights: 0.6 to 1.2 times). On an Intel Xeon (AVX-512) it was the other way
-round: 157 to 212 GFLOP/s by MKL, 83 to 116 by oneDNN for 256 rows and more by the head's matrix. On GPUs torch.mm is as
-good as any. torch (2.11 to 2.13) offers oneDNN's fp32 products under a private name only.
+On CPU, torch.mm calls MKL, which uses AVX-512 on Intel's processors only. oneDNN, which torch carries as well, uses
+it everywhere: on an AMD EPYC (Zen 4) it multiplied fp32 matrices 1.1 to 1.3 times as fast, of all shapes that
+training meets, but where the left matrix is transposed (gradients of weights: 0.6 to 1.2 times). Elsewhere MKL is the
+faster one: the head's logits took an Intel Xeon (AVX-512) 157 to 212 GFLOP/s by MKL, 83 to 116 by oneDNN, and a step
+of the paper's 5M model on an AMD EPYC without AVX-512 (Zen 3) was 1.05 to 1.08 times as fast by MKL. On GPUs torch.mm
+is as good as any. torch (2.11 to 2.13) offers oneDNN's fp32 products under a private name only.
 """
 
 from typing import Any
@@ -22,7 +23,9 @@ def uses_onednn(values: Tensor) -> bool:
     """Whether products of such values go to oneDNN."""
     if values.device.type != "cpu" or values.dtype is not torch.float32 or not torch.backends.mkldnn.is_available():
         return False
-    return not (torch.backends.mkl.is_available() and processor_entry("vendor_id") == "GenuineIntel")
+    if not torch.backends.mkl.is_available():
+        return True
+    return processor_entry("vendor_id") != "GenuineIntel" and "avx512f" in processor_entry("flags").split()
 
 
 def product(left: Tensor, right: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -9,10 +9,11 @@ from tests.single_process import single_process
 __all__ = ["single_process"]
 
 
-@pytest.fixture(params=["GenuineIntel", "AuthenticAMD"])
-def vendor(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Who made the processor, as far as the choice of a library for products is concerned."""
+@pytest.fixture(params=["MKL", "oneDNN"])
+def library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The library for fp32 products on CPU, chosen by what the processor says of itself."""
     name: str = request.param
-    monkeypatch.setattr(products, "processor_entry", lambda *_: name)
+    entries = {"vendor_id": "GenuineIntel" if name == "MKL" else "AuthenticAMD", "flags": "avx2 avx512f"}
+    monkeypatch.setattr(products, "processor_entry", entries.__getitem__)
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
     return name

@@ -52,7 +52,7 @@ class Products(TorchDispatchMode):
         return operation(*arguments, **(options or {}))
 
 
-@pytest.mark.usefixtures("vendor")
+@pytest.mark.usefixtures("library")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_last_product_of_a_layer_is_not_computed_again(dtype: torch.dtype) -> None:
     """Recomputation ends before it, whichever library multiplies."""

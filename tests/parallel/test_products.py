@@ -5,29 +5,38 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from parallel import products
 from parallel.products import linear, product, uses_onednn
 
 SHAPES = [(1, 1, 1), (3, 5, 7), (20, 33, 16), (0, 4, 3)]
 
-pytestmark = pytest.mark.usefixtures("vendor")
+pytestmark = pytest.mark.usefixtures("library")
 
 
-def test_cpu_products_in_fp32_go_to_onednn_where_mkl_is_slow(vendor: str) -> None:
-    assert uses_onednn(torch.zeros(1)) == (vendor != "GenuineIntel")
+@pytest.mark.parametrize(
+    ("vendor", "flags", "expected"),
+    [
+        ("GenuineIntel", "avx2 avx512f", False),
+        ("AuthenticAMD", "avx2 avx512f", True),
+        ("AuthenticAMD", "avx2", False),
+    ],
+)
+def test_onednn_where_mkl_makes_no_use_of_avx512(
+    monkeypatch: pytest.MonkeyPatch, vendor: str, flags: str, expected: bool
+) -> None:
+    monkeypatch.setattr(products, "processor_entry", {"vendor_id": vendor, "flags": flags}.__getitem__)
+    assert uses_onednn(torch.zeros(1)) == expected
     assert not uses_onednn(torch.zeros(1, dtype=torch.bfloat16))
-
-
-def test_without_mkl_they_do_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: False)
     assert uses_onednn(torch.zeros(1))
 
 
-def test_the_library_is_the_chosen_one(vendor: str) -> None:
+def test_the_library_is_the_chosen_one(library: str) -> None:
     with torch.profiler.profile() as profile:
         product(torch.ones(8, 4), torch.ones(3, 4))
     called = {event.key for event in profile.key_averages()}
-    intel = vendor == "GenuineIntel"
-    assert ("mkldnn::_linear_pointwise" in called, "aten::linear" in called) == (not intel, intel)
+    mkl = library == "MKL"
+    assert ("mkldnn::_linear_pointwise" in called, "aten::linear" in called) == (not mkl, mkl)
 
 
 @pytest.mark.parametrize(("rows", "inputs", "outputs"), SHAPES)

@@ -34,7 +34,7 @@ def inputs_of(config: ModelConfig) -> ModelInputs:
     return prepare_inputs(config, MicroBatch(ids, torch.ones_like(ids, dtype=torch.bool)))
 
 
-@pytest.mark.usefixtures("vendor")
+@pytest.mark.usefixtures("library")
 @pytest.mark.parametrize("name", MODELS)
 def test_pieces_keep_what_is_predicted(name: str) -> None:
     config = MODELS[name]
