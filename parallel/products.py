@@ -25,7 +25,7 @@ def uses_onednn(values: Tensor) -> bool:
         return False
     if not torch.backends.mkl.is_available():
         return True
-    return processor_entry("vendor_id") != "GenuineIntel" and "avx512f" in processor_entry("flags").split()
+    return processor_entry("vendor_id") != "GenuineIntel" and "avx512f" in processor_entry("flags")
 
 
 def product(left: Tensor, right: Tensor, bias: Tensor | None = None) -> Tensor:
