@@ -1,11 +1,11 @@
 """Matrix products by the fastest library there is for the device.
 
-On CPU, torch.mm calls MKL, which uses AVX-512 on Intel's processors only. oneDNN, which torch carries as well, uses
-it everywhere: on an AMD EPYC (Zen 4) it multiplied fp32 matrices 1.1 to 1.3 times as fast, of all shapes that
-training meets, but where the left matrix is transposed (gradients of weights: 0.6 to 1.2 times). Elsewhere MKL is the
-faster one: the head's logits took an Intel Xeon (AVX-512) 157 to 212 GFLOP/s by MKL, 83 to 116 by oneDNN, and a step
-of the paper's 5M model on an AMD EPYC without AVX-512 (Zen 3) was 1.05 to 1.08 times as fast by MKL. On GPUs torch.mm
-is as good as any. torch (2.11 to 2.13) offers oneDNN's fp32 products under a private name only.
+On x86, torch.mm calls MKL. oneDNN, which torch carries as well, multiplied fp32 matrices 1.1 to 1.3 times as fast on
+an AMD EPYC with AVX-512 (Zen 4), of all shapes that training meets, but where the left matrix is transposed
+(gradients of weights: 0.6 to 1.2 times). On the other processors that were measured MKL is the better choice: on an
+Intel Xeon the head's matrix took 157 to 212 GFLOP/s by MKL, 83 to 116 by oneDNN; on AMD EPYCs without AVX-512 (Zen 3)
+a step of the paper's 5M model was 1.05 to 1.08 times as fast by MKL on one machine, 0.95 times on another. On GPUs
+torch.mm is as good as any. torch (2.11 to 2.13) offers oneDNN's fp32 products under a private name only.
 """
 
 from typing import Any
@@ -25,7 +25,7 @@ def uses_onednn(values: Tensor) -> bool:
         return False
     if not torch.backends.mkl.is_available():
         return True
-    return processor_entry("vendor_id") != "GenuineIntel" and "avx512f" in processor_entry("flags")
+    return processor_entry("vendor_id") != "GenuineIntel" and torch.backends.cpu.get_cpu_capability() == "AVX512"
 
 
 def product(left: Tensor, right: Tensor, bias: Tensor | None = None) -> Tensor:

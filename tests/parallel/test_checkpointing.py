@@ -28,6 +28,7 @@ def gradients(name: str, policy: Policy) -> dict[str, Tensor | None]:
     return {name: parameter.grad for name, parameter in stage.named_parameters()}
 
 
+@pytest.mark.usefixtures("library")
 @pytest.mark.parametrize("name", ["block", "vanilla Llama", "Llama, cross-attention", "Qwen3"])
 def test_gradients_are_the_same(name: str) -> None:
     expected = gradients(name, "none")

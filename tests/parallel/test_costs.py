@@ -75,6 +75,7 @@ def parameters_of(stage: Stage, piece: str) -> list[torch.nn.Parameter]:
     return [parameter for name, parameter in stage.named_parameters() if name.startswith(f"{piece}.")]
 
 
+@pytest.mark.usefixtures("library")
 @configs
 def test_flops_are_what_torch_counts(config: ModelConfig) -> None:
     stage = build_stage(config, ParallelConfig())

@@ -37,6 +37,7 @@ def expected(valid_targets: int, factor: float) -> tuple[Tensor, Tensor, Tensor]
     return loss.detach(), hidden.grad, weight.grad
 
 
+@pytest.mark.usefixtures("library")
 @pytest.mark.parametrize("valid_targets", VALIDS.values(), ids=VALIDS.keys())
 @pytest.mark.parametrize("rows_per_chunk", [1, 3, 7, 20, 1000])
 def test_losses_and_gradients(valid_targets: int, rows_per_chunk: int) -> None:

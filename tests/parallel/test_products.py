@@ -1,44 +1,55 @@
 """Products of oneDNN and of MKL, whichever the processor, against torch's."""
 
+import platform
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from parallel import products
 from parallel.products import linear, product, uses_onednn
+from tests.parallel.conftest import present_processor
 
 SHAPES = [(1, 1, 1), (3, 5, 7), (20, 33, 16), (0, 4, 3)]
 
-pytestmark = pytest.mark.usefixtures("library")
-
 
 @pytest.mark.parametrize(
-    ("vendor", "flags", "expected"),
+    ("vendor", "capability", "expected"),
     [
-        ("GenuineIntel", "avx2 avx512f", False),
-        ("AuthenticAMD", "avx2 avx512f", True),
-        ("AuthenticAMD", "avx2", False),
+        ("GenuineIntel", "AVX512", False),
+        ("GenuineIntel", "AVX2", False),
+        ("AuthenticAMD", "AVX512", True),
+        ("AuthenticAMD", "AVX2", False),
+        ("", "AVX512", True),
     ],
 )
-def test_onednn_where_mkl_makes_no_use_of_avx512(
-    monkeypatch: pytest.MonkeyPatch, vendor: str, flags: str, expected: bool
+def test_onednn_where_it_is_faster(
+    monkeypatch: pytest.MonkeyPatch, vendor: str, capability: str, expected: bool
 ) -> None:
-    monkeypatch.setattr(products, "processor_entry", {"vendor_id": vendor, "flags": flags}.__getitem__)
+    present_processor(monkeypatch, vendor, capability)
     assert uses_onednn(torch.zeros(1)) == expected
     assert not uses_onednn(torch.zeros(1, dtype=torch.bfloat16))
+
+
+@pytest.mark.usefixtures("library")
+def test_without_mkl_it_is_onednn_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: False)
     assert uses_onednn(torch.zeros(1))
+
+
+def test_this_processor_has_a_known_capability() -> None:
+    assert torch.backends.cpu.get_cpu_capability() in ("DEFAULT", "AVX2", "AVX512") or platform.machine() != "x86_64"
 
 
 def test_the_library_is_the_chosen_one(library: str) -> None:
     with torch.profiler.profile() as profile:
         product(torch.ones(8, 4), torch.ones(3, 4))
     called = {event.key for event in profile.key_averages()}
-    mkl = library == "MKL"
-    assert ("mkldnn::_linear_pointwise" in called, "aten::linear" in called) == (not mkl, mkl)
+    chosen = library == "oneDNN", library == "MKL"
+    assert ("mkldnn::_linear_pointwise" in called, "aten::linear" in called) == chosen
 
 
+@pytest.mark.usefixtures("library")
 @pytest.mark.parametrize(("rows", "inputs", "outputs"), SHAPES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_products(rows: int, inputs: int, outputs: int, dtype: torch.dtype) -> None:
@@ -51,6 +62,7 @@ def test_products(rows: int, inputs: int, outputs: int, dtype: torch.dtype) -> N
     torch.testing.assert_close(product(hidden, transposed, bias), expected, rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.usefixtures("library")
 @pytest.mark.parametrize(("rows", "inputs", "outputs"), SHAPES)
 @pytest.mark.parametrize("has_bias", [True, False])
 def test_gradients(rows: int, inputs: int, outputs: int, has_bias: bool) -> None:
@@ -66,6 +78,7 @@ def test_gradients(rows: int, inputs: int, outputs: int, has_bias: bool) -> None
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.usefixtures("library")
 @pytest.mark.parametrize("needed", [(0,), (1,), (2,), (0, 1), (0, 2), (1, 2)])
 def test_gradients_of_some(needed: tuple[int, ...]) -> None:
     values = [torch.randn(shape) for shape in ((3, 4), (2, 4), (2,))]
@@ -78,6 +91,7 @@ def test_gradients_of_some(needed: tuple[int, ...]) -> None:
         torch.testing.assert_close(ours, theirs)
 
 
+@pytest.mark.usefixtures("library")
 def test_gradients_of_gradients_are_refused() -> None:
     weight = torch.randn(2, 4, requires_grad=True)
     (gradient,) = torch.autograd.grad(linear(torch.randn(3, 4), weight, None).square().sum(), weight, create_graph=True)
@@ -85,6 +99,7 @@ def test_gradients_of_gradients_are_refused() -> None:
         gradient.sum().backward()
 
 
+@pytest.mark.usefixtures("library")
 def test_what_needs_no_gradient_gets_none() -> None:
     hidden, weight = torch.randn(3, 4), torch.randn(2, 4, requires_grad=True)
     linear(hidden, weight, None).sum().backward()
