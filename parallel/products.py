@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 import torch.distributed
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -39,7 +38,10 @@ def product(left: Tensor, right: Tensor, bias: Tensor | None = None) -> Tensor:
     if uses_onednn(left) and left.numel():
         result: Tensor = torch.ops.mkldnn._linear_pointwise(left, right, bias, "none", [], "")
         return result
-    return F.linear(left, right, bias)
+    # F.linear may add the bias in place to a product that selective checkpointing keeps: it would be added twice.
+    rows = left.flatten(0, -2)
+    result = rows @ right.t() if bias is None else torch.addmm(bias, rows, right.t())
+    return result.view(*left.shape[:-1], len(right))
 
 
 def linear(
