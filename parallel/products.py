@@ -38,7 +38,8 @@ def product(left: Tensor, right: Tensor, bias: Tensor | None = None) -> Tensor:
     if uses_onednn(left) and left.numel():
         result: Tensor = torch.ops.mkldnn._linear_pointwise(left, right, bias, "none", [], "")
         return result
-    # F.linear may add the bias in place to a product that selective checkpointing keeps: it would be added twice.
+    # Not F.linear: DeepSpeed's ZeRO 3 replaces it in the whole process, by one that adds the bias in place to a product
+    # which selective checkpointing keeps, so that it would be added twice.
     rows = left.flatten(0, -2)
     result = rows @ right.t() if bias is None else torch.addmm(bias, rows, right.t())
     return result.view(*left.shape[:-1], len(right))
