@@ -1,10 +1,13 @@
-# Fresh machine to trained model: make pretrain. Variables: python=, torch=.
+# Fresh machine to trained model: make pretrain. Variables: python=, torch=, workers= (of tests).
 python ?= python3
 torch ?= torch==2.13.0
+workers ?= 2
 
 bin := .venv/bin
 environment := .venv/.installed
 extensions := .cache/extensions.built
+# A file's tests stay together: they share what is expensive to make.
+pytest := $(bin)/python -m pytest -n $(workers) --dist loadfile --no-loadscope-reorder
 corpus := examples/corpus
 quickstart := runs/quickstart-data
 
@@ -62,13 +65,13 @@ pretrain: $(extensions) $(quickstart)/shards/.complete
 	@echo "Curves: make tensorboard, then open http://localhost:6006"
 
 test: $(extensions)
-	$(bin)/python -m pytest
+	$(pytest)
 
 test-fast: $(extensions)
-	$(bin)/python -m pytest -m "not slow and not whole and not quickstart"
+	$(pytest) -m "not slow and not whole and not quickstart"
 
 test-all: $(extensions)
-	$(bin)/python -m pytest -m ""
+	$(pytest) -m ""
 
 test-quickstart: $(extensions)
 	$(bin)/python -m pytest -m quickstart tests/test_quickstart.py

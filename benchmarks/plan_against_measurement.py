@@ -106,8 +106,8 @@ def layouts() -> list[Workload]:
     """What is measured: one, two and four processes, all kinds of parallelism and checkpointing."""
     cases: list[tuple[dict[str, Any], int, int, str]] = [
         ({"zero_stage": 0}, 4, 2, "fp32"),
-        ({"zero_stage": 1, "activation_checkpointing": "selective"}, 4, 2, "fp32"),
-        ({"zero_stage": 1, "activation_checkpointing": "layer"}, 4, 2, "fp32"),
+        ({"zero_stage": 0, "activation_checkpointing": "selective"}, 4, 2, "fp32"),
+        ({"zero_stage": 0, "activation_checkpointing": "layer"}, 4, 2, "fp32"),
         ({"zero_stage": 1}, 2, 2, "bf16"),
         ({"data": 2, "zero_stage": 1}, 2, 2, "fp32"),
         ({"data": 2, "zero_stage": 2}, 2, 2, "fp32"),

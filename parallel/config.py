@@ -194,7 +194,8 @@ class ParallelConfig(BaseModel):
     )
     zero_stage: Literal[0, 1, 2, 3] = Field(
         default=1,
-        description="DeepSpeed ZeRO: 0 replicates; 1 shards the optimizer; 2 also gradients; 3 also parameters.",
+        description="DeepSpeed ZeRO: 0 replicates; 1 shards the optimizer; 2 also gradients; 3 also parameters. "
+        "In fp32 with `data: 1` there is nothing for 1 and 2 to shard, and they train as 0 does.",
     )
     overlap_gradient_reduction: bool = Field(
         default=False,
@@ -223,6 +224,15 @@ class ParallelConfig(BaseModel):
     def splits_rows(self) -> bool:
         """Whether tensor-parallel ranks have some blocks (positions) each in some of the pieces."""
         return self.sequence_parallel or self.block_parallel
+
+    def without_idle_sharding(self, precision: str) -> "ParallelConfig":
+        """With ZeRO 0 instead of 1 and 2 where one replica has nothing to share: they would copy gradients and weights.
+
+        In bf16 they stay: without them DeepSpeed cannot accumulate gradients in fp32.
+        """
+        if self.data > 1 or precision != "fp32" or self.zero_stage not in (1, 2):
+            return self
+        return self.model_copy(update={"zero_stage": 0, "overlap_gradient_reduction": False})
 
     def data_rank(self, rank: int) -> int:
         """The data-parallel rank of a process: ranks count tensor-parallel ranks first, then data-parallel ones."""

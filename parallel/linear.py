@@ -4,7 +4,6 @@ from typing import Any
 
 import torch
 import torch.distributed
-import torch.nn.functional as F
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel import (
     ColumnParallelLinear,
@@ -161,7 +160,7 @@ class SharedRowsLinear(nn.Module):
         )
         hidden = gather(hidden, group=parallel_state.get_tensor_model_parallel_group())
         bias = None if self.bias is None else self.bias[self.rows]
-        return F.linear(hidden, self.weight[self.rows], bias), None
+        return linear(hidden, self.weight[self.rows], bias), None
 
 
 class TokenEmbedding(VocabParallelEmbedding):

@@ -7,7 +7,9 @@ would every process it starts. Random examples have no time limit: a busy machin
 
 import os
 import signal
+from collections import Counter
 
+import pytest
 from hypothesis import settings
 
 VISIBLE_GPUS = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -15,3 +17,10 @@ os.environ["CUDA_VISIBLE_DEVICES"] = ""
 signal.signal(signal.SIGINT, signal.default_int_handler)
 settings.register_profile("no time limit", deadline=None)
 settings.load_profile("no time limit")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Several workers begin with the files that have most slow tests, or one would be left with them at the end."""
+    if hasattr(config, "workerinput"):
+        slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
+        items.sort(key=lambda item: -slow[item.path])

@@ -51,6 +51,7 @@ class StepEngine:
         precision: Literal["fp32", "bf16"],
         micro_batch_size: int,
     ) -> None:
+        parallel = parallel.without_idle_sharding(precision)
         self.stage = stage
         self.model: ModelConfig = stage.model_config
         self.parallel = parallel

@@ -156,7 +156,7 @@ def _allowed(training: Training, values: dict[str, object], refused: dict[str, N
     except ValueError as error:
         refused[str(error)] = None
         return None
-    return parallel
+    return parallel if parallel == parallel.without_idle_sharding(training.precision) else None
 
 
 def _workloads(

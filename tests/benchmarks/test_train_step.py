@@ -15,6 +15,7 @@ BENCHMARK = REPOSITORY / "benchmarks" / "train_step.py"
 
 @pytest.fixture
 def benchmark(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Script:
+    monkeypatch.setenv("PYTHONSAFEPATH", "1")  # its processes must find their modules all the same
     return Script(BENCHMARK, monkeypatch, capsys)
 
 

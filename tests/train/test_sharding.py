@@ -1,8 +1,10 @@
 """Sharding is real: what each rank holds equals the formula."""
 
 import math
+from typing import Any, Literal
 
 import pytest
+import torch
 
 from checkpoints.engine_state import owned_parts
 from parallel.config import ParallelConfig
@@ -85,3 +87,27 @@ def test_zero_3_shards_matrices_of_small_models_too() -> None:
         assert matrices
         assert not any(is_whole[name] for name in matrices)
         assert is_whole["block_decoder.output.norm.weight"]
+
+
+def stage_in_use(parallel: ParallelConfig, precision: Literal["fp32", "bf16"]) -> int:
+    """The ZeRO stage of the engine that trains."""
+    initialize_topology(parallel)
+    stage = build_stage(MODELS["block"], parallel, torch.bfloat16 if precision == "bf16" else torch.float32)
+    return int(StepEngine(stage, parallel, OPTIMIZER, precision, 1).engine.zero_optimization_stage())
+
+
+@pytest.mark.parametrize(
+    ("layout", "precision", "in_use"),
+    [
+        ({"zero_stage": 1}, "fp32", 0),
+        ({"zero_stage": 2, "overlap_gradient_reduction": True}, "fp32", 0),
+        ({"zero_stage": 3}, "fp32", 3),
+        ({"zero_stage": 1}, "bf16", 1),
+        ({"zero_stage": 1, "data": 2}, "fp32", 1),
+    ],
+)
+def test_zero_is_left_out_where_it_has_nothing_to_shard(
+    layout: dict[str, Any], precision: Literal["fp32", "bf16"], in_use: int
+) -> None:
+    parallel = ParallelConfig(**layout)
+    assert set(run_processes(parallel.world_size, stage_in_use, parallel, precision)) == {in_use}

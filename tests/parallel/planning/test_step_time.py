@@ -130,6 +130,9 @@ def test_the_search_finds_only_what_is_allowed_and_fits() -> None:
     assert all(plan.work.parallel.zero_stage for plan in found.plans)
     assert any("zero_stage=0" in reason for reason in found.refused)
     assert all(plan == evaluate(plan.work, CLUSTER) for plan in found.plans[:3])
+    unshared = search(Training(MODEL, 8, "fp32", decays_all=True), CLUSTER, 1)
+    stages = {plan.work.parallel.zero_stage for plan in unshared.plans}
+    assert stages == {0, 3}, "1 and 2 would train as 0 does"
     small = Cluster(CLUSTER.device.model_copy(update={"memory_gib": 1e-4, "reserved_gib": 0.0}), 8, None)
     nothing = search(training, small, 4)
     assert not nothing.plans
