@@ -47,8 +47,8 @@ def work(size: int, count: int, precision: Any = "fp32", **layout: Any) -> Workl
 LAYOUTS = {
     1: [
         work(4, 1, zero_stage=0),
-        work(4, 2, activation_checkpointing="layer"),
-        work(4, 2, activation_checkpointing="selective"),
+        work(4, 2, zero_stage=0, activation_checkpointing="layer"),
+        work(4, 2, zero_stage=0, activation_checkpointing="selective"),
         work(4, 2, "bf16"),
         work(1, 1, zero_stage=0),
     ],

@@ -31,13 +31,13 @@ def summed(rank_factor: float) -> tuple[list[Any], int]:
     return [(list(one.shape), one.unique().tolist()) for one in gradients], sent.reductions + sent.others
 
 
-def collectives(zero_stage: Any) -> tuple[int, int]:
+def collectives(zero_stage: Any, precision: Any) -> tuple[int, int]:
     """How many more a block-parallel step takes for three micro-batches than for one, and its partial gradients."""
     parallel = ParallelConfig(tensor=2, block_parallel=True, zero_stage=zero_stage)
     initialize_topology(parallel)
     config = MODELS["block"]
-    stage = build_stage(config, parallel)
-    engine = StepEngine(stage, parallel, OptimizerConfig(learning_rate=1e-3), "fp32", 4)
+    stage = build_stage(config, parallel, torch.bfloat16 if precision == "bf16" else torch.float32)
+    engine = StepEngine(stage, parallel, OptimizerConfig(learning_rate=1e-3), precision, 4)
     counts = []
     for number in (1, 3):
         with Collectives() as sent:
@@ -57,7 +57,7 @@ def test_accumulated_gradients_are_summed_in_buckets() -> None:
 @pytest.mark.slow
 def test_they_are_summed_once_in_a_step() -> None:
     """But by ZeRO 2, which reduces the gradients of each micro-batch away."""
-    once, partial = run_processes(2, collectives, 1)[0]
-    often, same = run_processes(2, collectives, 2)[0]
+    once, partial = run_processes(2, collectives, 0, "fp32")[0]
+    often, same = run_processes(2, collectives, 2, "bf16")[0]
     assert partial == same > 20
     assert once < 2 * partial <= often - once
