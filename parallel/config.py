@@ -200,7 +200,8 @@ class ParallelConfig(BaseModel):
     overlap_gradient_reduction: bool = Field(
         default=False,
         description="Sum gradients over replicas while the backward pass still runs, bucket by bucket, on GPU in a "
-        "stream of their own; ZeRO 3 gathers parameters ahead as well. Without a pipeline; in bf16 for ZeRO 2 and 3.",
+        "stream of their own; ZeRO 3 gathers parameters ahead as well. Without a pipeline; in bf16 for ZeRO 2 and 3. "
+        "Nothing is summed with `data: 1`.",
     )
     activation_checkpointing: Literal["none", "selective", "layer", "budget"] = Field(
         default="none",

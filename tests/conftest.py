@@ -12,7 +12,10 @@ from collections import Counter
 import pytest
 from hypothesis import settings
 
-VISIBLE_GPUS = os.environ.get("CUDA_VISIBLE_DEVICES")
+# A worker inherits what the process that started it has hidden.
+VISIBLE_GPUS = os.environ.get("TESTS_VISIBLE_GPUS" if "PYTEST_XDIST_WORKER" in os.environ else "CUDA_VISIBLE_DEVICES")
+if VISIBLE_GPUS is not None:
+    os.environ["TESTS_VISIBLE_GPUS"] = VISIBLE_GPUS
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 signal.signal(signal.SIGINT, signal.default_int_handler)
 settings.register_profile("no time limit", deadline=None)
@@ -22,5 +25,6 @@ settings.load_profile("no time limit")
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Several workers begin with the files that have most slow tests, or one would be left with them at the end."""
     if hasattr(config, "workerinput"):
-        slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
+        marks = ("slow", "whole", "quickstart")
+        slow = Counter(item.path for item in items if any(map(item.get_closest_marker, marks)))
         items.sort(key=lambda item: -slow[item.path])

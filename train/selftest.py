@@ -233,7 +233,7 @@ def _paper_cases() -> list[Case]:
     return [
         *(_case(f"one process, ZeRO {zero}", zero=zero) for zero in (0, 1, 3)),
         _case("one process, micro-batch 2, selective", micro_batch_size=2, checkpointing="selective"),
-        _case("one process, bf16", precision="bf16"),
+        *(_case(f"one process, ZeRO {zero}, bf16", zero=zero, precision="bf16") for zero in (1, 2, 3)),
         _case("TP2", tensor=2),
         _case("TP2, selective", tensor=2, checkpointing="selective"),
         _case("TP2 + sequence parallel", tensor=2, sequence=True),
@@ -254,7 +254,7 @@ def _paper_cases() -> list[Case]:
         _case("PP2, budget", pipeline=2, checkpointing="budget", memory_gib=2.1e-4),
         _case("PP2, bf16", pipeline=2, precision="bf16"),
         *(_case(f"DP2, ZeRO {zero}", data=2, zero=zero) for zero in (0, 1, 2, 3)),
-        _case("DP2, ZeRO 1, micro-batch 2", data=2, micro_batch_size=2),
+        _case("DP2, ZeRO 1, vanilla, micro-batch 2", data=2, model="vanilla", micro_batch_size=2),
         _case("DP2, ZeRO 3, micro-batch 2, recompute", data=2, zero=3, micro_batch_size=2, checkpointing="layer"),
         _case("DP2, ZeRO 3, selective", data=2, zero=3, checkpointing="selective"),
         *(_case(f"DP2, ZeRO {zero}, bf16", data=2, zero=zero, precision="bf16") for zero in (1, 2, 3)),
@@ -296,7 +296,9 @@ def _variant_cases() -> list[Case]:
         _case("TP2 + block parallel, cross-attention", tensor=2, blocks=True, model="cross-attention"),
         _case("one process, cross-attention, compiled", model="cross-attention", compiled=True),
         _case("TP2 x PP2 + block parallel", tensor=2, pipeline=2, blocks=True),
-        _case("TP2 x DP2 + block parallel, ZeRO 2", tensor=2, data=2, zero=2, blocks=True),
+        _case("TP2 x DP2 + block parallel, ZeRO 3", tensor=2, data=2, zero=3, blocks=True),
+        _case("TP2 x DP2 + sequence and block parallel, ZeRO 1", tensor=2, data=2, sequence=True, blocks=True),
+        _case("DP2, ZeRO 1, Qwen2, tied", data=2, model="Qwen2, tied"),
         _case("TP2, ZeRO 3, Qwen2, tied", tensor=2, zero=3, model="Qwen2, tied"),
         _case(
             "TP2, ZeRO 3, selective, multi-query",

@@ -83,11 +83,11 @@ def test_block_85m_equals_the_cpu(tmp_path: Path) -> None:
 
 @pytest.mark.gpu
 def test_every_zero_stage_of_one_process() -> None:
-    """fp32 and bf16, ZeRO 0 to 3, against the unsharded model on the same GPU."""
+    """Against the unsharded model on the same GPU; in fp32, 1 and 2 would train as 0 does."""
     output = run_python("tools/selftest.py", gpu=True)
     assert "FAIL" not in output
-    for stage in range(4):
-        assert f"PASS  one process, ZeRO {stage}" in output.splitlines()
+    for stages in ("0", "3", "1, bf16", "2, bf16", "3, bf16"):
+        assert f"PASS  one process, ZeRO {stages}" in output.splitlines()
 
 
 @pytest.mark.gpu

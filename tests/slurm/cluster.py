@@ -5,6 +5,7 @@ processes away at once, as a power failure does. Needs root and the programs of 
 """
 
 import os
+import random
 import secrets
 import shutil
 import signal
@@ -18,7 +19,7 @@ from pathlib import Path
 
 PROGRAMS = ("slurmctld", "slurmd", "munged", "sbatch", "srun", "squeue", "scontrol", "scancel")
 SYSTEM_PATH = "/usr/sbin:/usr/bin:/sbin:/bin"
-START_SECONDS, STOP_SECONDS, COMMAND_SECONDS = 30.0, 10.0, 60.0
+START_SECONDS, STOP_SECONDS, COMMAND_SECONDS = 60.0, 10.0, 60.0
 ENDED_STATES = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE")
 
 NODE = ("unshare", "--uts", "--mount", "--ipc", "--pid", "--fork", "--kill-child", "--mount-proc", "bash", "-c")
@@ -268,8 +269,9 @@ def _end(pid_file: Path, program: str) -> None:
 
 
 def _free_ports(count: int) -> int:
-    """First of so many consecutive ports that are free on all loopback addresses now."""
-    for first in range(17_000, 30_000, count):
+    """First of so many consecutive ports that are free on all loopback addresses now; other clusters start as well."""
+    for _ in range(1000):
+        first = random.randrange(17_000, 30_000 - count)
         with suppress(OSError):
             for port in range(first, first + count):
                 with socket.socket() as listener:

@@ -18,7 +18,7 @@ from train.stop_signals import StopSignals
 from train.trainer import Trainer
 
 # Tensor-, pipeline- and data-parallel size, ZeRO stage.
-LAYOUTS = [(1, 1, 1, 0), (2, 1, 1, 1), (1, 2, 2, 1), (2, 2, 1, 1), (1, 1, 2, 2), (1, 1, 2, 3)]
+LAYOUTS = [(1, 1, 1, 0), (2, 1, 2, 1), (1, 2, 2, 1), (2, 2, 1, 1), (1, 1, 2, 2), (1, 1, 2, 3)]
 SAVED, LAST = 3, 8
 Layout = tuple[int, int, int, int]
 Losses = list[float]
@@ -112,9 +112,9 @@ def _train_listening(config: RunConfig) -> str:
 
 
 def test_says_that_the_layout_has_changed(saved: Saved, tmp_path: Path) -> None:
-    saved.losses((2, 1, 1, 1))
+    saved.losses((2, 1, 2, 1))
     config = elastic_run(tmp_path, saved.shards, "moved", (1, 1, 1, 0))
-    shutil.copytree(saved.checkpoint((2, 1, 1, 1)), config.directory / "checkpoints" / f"step_{SAVED:08d}")
-    then, now = ParallelConfig(tensor=2, zero_stage=1), ParallelConfig(zero_stage=0)
+    shutil.copytree(saved.checkpoint((2, 1, 2, 1)), config.directory / "checkpoints" / f"step_{SAVED:08d}")
+    then, now = ParallelConfig(tensor=2, data=2, zero_stage=1), ParallelConfig(zero_stage=0)
     (said,) = run_processes(1, _train_listening, config)
     assert f"it was written under {then} and goes on under {now}" in said
