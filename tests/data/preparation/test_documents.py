@@ -99,7 +99,7 @@ def test_blank_lines_empty_documents_and_byte_order_marks_are_skipped(tmp_path: 
         ("a.jsonl", b'["text"]\n', r"a.jsonl, line 1: no \"text\" field .*found a JSON list"),
         ("a.jsonl.xz", lzma.compress(json_lines(TEXTS))[:-20], r"a.jsonl.xz cannot be read .*damaged or incomplete"),
         ("a.jsonl.xz", b"not xz", r"a.jsonl.xz cannot be read .*damaged"),
-        ("a.jsonl.gz", gzip.compress(json_lines(TEXTS))[:-20], r"a.jsonl.gz cannot be read .*damaged"),
+        ("a.jsonl.gz", gzip.compress(json_lines(TEXTS), mtime=0)[:-20], r"a.jsonl.gz cannot be read .*damaged"),
         ("a.txt.gz", b"not gzip", r"a.txt.gz cannot be read .*damaged"),
         ("a.csv", b"a", r"a.csv is of an unknown kind; its name must end in .txt, .jsonl or .parquet"),
         ("a.xz", b"a", r"a.xz is of an unknown kind"),
