@@ -121,7 +121,7 @@ def test_a_script_sees_the_packages_and_not_its_own_folder(script: Path, tmp_pat
     probe = "import sys, checkpoints\nprint(sys.path[0])\nprint(checkpoints.__file__)\n"
     copy = tmp_path / "tools" / script.name
     copy.write_text(bootstrap_source(script) + "\n" + probe)
-    result = subprocess.run([sys.executable, copy], cwd=tmp_path / "elsewhere", capture_output=True, text=True)
+    result = subprocess.run([sys.executable, "-E", copy], cwd=tmp_path / "elsewhere", capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert result.stdout.split() == [str(tmp_path), str(tmp_path / "checkpoints" / "__init__.py")]
 

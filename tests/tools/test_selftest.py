@@ -52,12 +52,12 @@ def test_a_failed_case_is_status_1(tmp_path: Path) -> None:
     program = (
         "import sys, train.selftest, tools.selftest\n"
         "train.selftest.FP32_TOLERANCE = 0.0\n"
-        "sys.argv[1:] = ['--cases', 'one process, ZeRO 1']\n"
+        "sys.argv[1:] = ['--cases', 'one process, ZeRO 0']\n"
         "sys.exit(tools.selftest.main())\n"
     )
     result = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert result.returncode == 1, result.stderr
-    assert "FAIL  one process, ZeRO 1" in result.stdout.splitlines()
+    assert "FAIL  one process, ZeRO 0" in result.stdout.splitlines()
     assert result.stdout.splitlines()[-1] == "0 of 1 cases passed"
 
 
