@@ -156,6 +156,7 @@ def _allowed(training: Training, values: dict[str, object], refused: dict[str, N
     except ValueError as error:
         refused[str(error)] = None
         return None
+    # What would train like another layout is not listed beside it.
     return parallel if parallel == parallel.without_idle_sharding(training.precision) else None
 
 

@@ -18,7 +18,7 @@ from train.stop_signals import StopSignals
 from train.trainer import Trainer
 
 # Tensor-, pipeline- and data-parallel size, ZeRO stage.
-LAYOUTS = [(1, 1, 1, 0), (2, 1, 2, 1), (1, 2, 2, 1), (2, 2, 1, 1), (1, 1, 2, 2), (1, 1, 2, 3)]
+LAYOUTS = [(1, 1, 1, 0), (2, 1, 2, 1), (1, 2, 2, 1), (2, 2, 1, 0), (1, 1, 2, 2), (1, 1, 2, 3)]
 SAVED, LAST = 3, 8
 Layout = tuple[int, int, int, int]
 Losses = list[float]
