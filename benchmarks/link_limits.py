@@ -1,4 +1,7 @@
-"""What collectives between the processes of a group take, as they do in a training step: each after a product."""
+"""What collectives between the processes of a group take, as they do in a training step: each after a product.
+
+A step waits in each for whoever ends its product last, and does so hundreds of times: means count, of all processes.
+"""
 
 import statistics
 import time
@@ -9,7 +12,7 @@ import torch
 import torch.distributed
 from torch import Tensor
 
-REPEATS = 15
+REPEATS = 30
 SIZES = [2**exponent for exponent in range(12, 26)]  # bytes
 PRODUCT = 512  # width of the product before each collective; it takes some milliseconds
 
@@ -36,8 +39,8 @@ def measure_link() -> Link:
     for size in SIZES:
         whole = torch.zeros(size // 4)
         part = torch.zeros(size // 4 // members)
-        sums.append(_median_seconds(lambda whole=whole: torch.distributed.all_reduce(whole)))  # type: ignore[misc]
-        halves.append(_median_seconds(lambda whole=whole, part=part: _gather_and_scatter(whole, part)) / 2)  # type: ignore[misc]
+        sums.append(_mean_seconds(lambda whole=whole: torch.distributed.all_reduce(whole)))  # type: ignore[misc]
+        halves.append(_mean_seconds(lambda whole=whole, part=part: _gather_and_scatter(whole, part)) / 2)  # type: ignore[misc]
     latency, seconds_per_byte = _line(SIZES, sums)
     rings = 2.0 * (members - 1)
     ratios = [half / whole for half, whole in zip(halves, sums, strict=True)]
@@ -49,16 +52,17 @@ def _gather_and_scatter(whole: Tensor, part: Tensor) -> None:
     torch.distributed.reduce_scatter_tensor(part, whole)
 
 
-def _median_seconds(collective: Callable[[], object]) -> float:
+def _mean_seconds(collective: Callable[[], object]) -> float:
     factor = torch.ones(PRODUCT, PRODUCT)
     collective()
-    seconds = []
+    seconds = torch.zeros((), dtype=torch.float64)
     for _ in range(REPEATS):
         factor @ factor
         started = time.perf_counter()
         collective()
-        seconds.append(time.perf_counter() - started)
-    return statistics.median(seconds)
+        seconds += time.perf_counter() - started
+    torch.distributed.all_reduce(seconds)
+    return seconds.item() / REPEATS / torch.distributed.get_world_size()
 
 
 def _line(sizes: list[int], seconds: list[float]) -> tuple[float, float]:

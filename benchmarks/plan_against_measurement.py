@@ -24,8 +24,8 @@ from dataclasses import replace
 from itertools import combinations
 from typing import Any
 
-# Megatron-core warns at import about optional libraries that this project does not use.
-warnings.filterwarnings("ignore", module=r"megatron\.core")
+# Megatron-core warns at import of optional libraries that this project does not use, torch of names DeepSpeed calls.
+warnings.filterwarnings("ignore", module=r"megatron\.core|torch\.distributed")
 
 import torch
 import torch.distributed

@@ -230,7 +230,7 @@ class RunConfig(BaseModel):
 
         return Workload(
             model=self.model,
-            parallel=self.parallel.without_idle_sharding(self.train.precision),
+            parallel=self.parallel,
             micro_batch_size=self.train.micro_batch_size,
             num_micro_batches=self.num_micro_batches,
             precision=self.train.precision,

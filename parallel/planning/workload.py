@@ -16,7 +16,7 @@ class Workload:
 
     Attributes:
         model: the model.
-        parallel: the layout.
+        parallel: the layout that trains; sharding that would shard nothing is left out, as train.step.StepEngine does.
         micro_batch_size: sequences per forward pass of one process.
         num_micro_batches: of one process per optimizer step.
         precision: fp32, or bf16 with fp32 master weights and gradient accumulation.
@@ -31,6 +31,9 @@ class Workload:
     precision: Literal["fp32", "bf16"] = "bf16"
     on_gpu: bool = True
     decays_all: bool = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "parallel", self.parallel.without_idle_sharding(self.precision))
 
     @property
     def value_bytes(self) -> int:
