@@ -79,14 +79,24 @@ def resident_bytes() -> int:
     return _status("VmRSS")
 
 
+def restart_peak() -> int:
+    """Forgets the process's peak of resident memory so far (Linux); returns what is resident now."""
+    Path("/proc/self/clear_refs").write_text("5")
+    return resident_bytes()
+
+
+def peak_resident_bytes() -> int:
+    """Most resident memory of this process since then, or since it was started."""
+    return _status("VmHWM")
+
+
 @contextmanager
 def traced_residence() -> Iterator[Allocations]:
     """Traces the process's resident memory above what it is at the start (Linux)."""
     result = Allocations()
-    Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far
-    before = resident_bytes()
+    before = restart_peak()
     yield result
-    result.peak, result.left = _status("VmHWM") - before, resident_bytes() - before
+    result.peak, result.left = peak_resident_bytes() - before, resident_bytes() - before
 
 
 def _status(name: str) -> int:

@@ -40,16 +40,17 @@ def measure_link() -> Link:
         whole = torch.zeros(size // 4)
         part = torch.zeros(size // 4 // members)
         sums.append(_mean_seconds(lambda whole=whole: torch.distributed.all_reduce(whole)))  # type: ignore[misc]
-        halves.append(_mean_seconds(lambda whole=whole, part=part: _gather_and_scatter(whole, part)) / 2)  # type: ignore[misc]
+        halves.append(_gather_seconds(whole, part))
     latency, seconds_per_byte = _line(SIZES, sums)
     rings = 2.0 * (members - 1)
     ratios = [half / whole for half, whole in zip(halves, sums, strict=True)]
     return Link(rings / members / seconds_per_byte, latency / rings, statistics.geometric_mean(ratios))
 
 
-def _gather_and_scatter(whole: Tensor, part: Tensor) -> None:
-    torch.distributed.all_gather_into_tensor(whole, part)
-    torch.distributed.reduce_scatter_tensor(part, whole)
+def _gather_seconds(whole: Tensor, part: Tensor) -> float:
+    """Of an all-gather and a reduce-scatter, on average."""
+    gather = _mean_seconds(lambda: torch.distributed.all_gather_into_tensor(whole, part))
+    return (gather + _mean_seconds(lambda: torch.distributed.reduce_scatter_tensor(part, whole))) / 2
 
 
 def _mean_seconds(collective: Callable[[], object]) -> float:

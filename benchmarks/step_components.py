@@ -3,6 +3,8 @@
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,25 +22,35 @@ FIRST = ("embedder", "vanilla.input")
 
 
 class _Clock:
-    """Adds up the time between the beginnings and ends of named things."""
+    """Gives all time to the innermost of the named things that are running, so that none counts twice."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._started: dict[str, float] = {}
+        self._running: list[str] = []
+        self._counted_until = 0.0
         self.seconds: dict[str, float] = defaultdict(float)
 
     def start(self, name: str) -> None:
-        synchronize(self._device)
-        self._started[name] = time.perf_counter()
+        self._count()
+        self._running.append(name)
 
     def stop(self, name: str) -> None:
+        self._count()
+        if name in self._running:
+            self._running.remove(name)
+
+    def _count(self) -> None:
         synchronize(self._device)
-        if name in self._started:
-            self.seconds[name] += time.perf_counter() - self._started.pop(name)
+        now = time.perf_counter()
+        if self._running:
+            self.seconds[self._running[-1]] += now - self._counted_until
+        self._counted_until = now
 
 
 def timed_components(engine: StepEngine, batches: Sequence[MicroBatch]) -> dict[str, float]:
     """Seconds of one step by component, forward and backward apart.
+
+    What is computed again in the backward pass of a layer is "recomputation", and in no other component.
 
     Args:
         engine: takes the step.
@@ -48,17 +60,21 @@ def timed_components(engine: StepEngine, batches: Sequence[MicroBatch]) -> dict[
         Seconds; what is in none of the components is "other".
     """
     clock = _Clock(batches[0].token_ids.device)
-    handles = [handle for name, module in components(engine.stage) for handle in _watch(module, name, clock)]
-    clock.start("step")
-    engine.accumulate(batches)
-    clock.start("optimizer")
-    engine.update(1e-4)
-    clock.stop("optimizer")
-    clock.stop("step")
-    for handle in handles:
-        handle.remove()
-    whole = clock.seconds.pop("step")
-    return {**clock.seconds, "other": whole - sum(clock.seconds.values()), "step": whole}
+    with ExitStack() as watching:
+        for name, module in components(engine.stage):
+            for handle in _watch(module, name, clock):
+                watching.callback(handle.remove)
+        for layer in engine.stage.modules():
+            if isinstance(layer, DecoderLayer):
+                watching.callback(_watch_recomputation(layer, clock))
+        clock.start("step")
+        engine.accumulate(batches)
+        clock.start("optimizer")
+        engine.update(1e-4)
+        clock.stop("optimizer")
+        clock.stop("step")
+    other = clock.seconds.pop("step")
+    return {**clock.seconds, "other": other, "step": other + sum(clock.seconds.values())}
 
 
 def components(stage: Stage) -> list[tuple[str, nn.Module]]:
@@ -84,7 +100,7 @@ def _watch(module: nn.Module, name: str, clock: _Clock) -> list[Any]:
         return lambda *_: action(what)
 
     def on_forward(action: Callable[[str], None]) -> Callable[..., None]:
-        return lambda *_: action("recomputation" if _is_in_backward() else forward)
+        return lambda *_: None if _is_in_backward() else action(forward)
 
     handles: list[Any] = [
         module.register_forward_pre_hook(on_forward(clock.start)),
@@ -94,6 +110,24 @@ def _watch(module: nn.Module, name: str, clock: _Clock) -> list[Any]:
         handles.append(module.register_full_backward_pre_hook(on(clock.start, backward)))
         handles.append(module.register_full_backward_hook(on(clock.stop, backward)))
     return handles
+
+
+def _watch_recomputation(layer: DecoderLayer, clock: _Clock) -> Callable[[], None]:
+    """Times what the layer's backward pass computes again; returns what ends that."""
+    name = "transform" if hasattr(layer, "transform") else "_transform"  # of older versions
+    transform = getattr(layer, name)
+
+    def timed(*arguments: Any) -> Any:
+        if not _is_in_backward():
+            return transform(*arguments)
+        clock.start("recomputation")
+        try:
+            return transform(*arguments)
+        finally:  # torch ends it by an exception, as soon as all is there that was not kept
+            clock.stop("recomputation")
+
+    setattr(layer, name, timed)
+    return partial(delattr, layer, name)
 
 
 def _is_in_backward() -> bool:

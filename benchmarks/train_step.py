@@ -21,9 +21,10 @@ import subprocess
 import tempfile
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from typing import Any, Self
 
 # Megatron-core warns at import about optional libraries that this project does not use.
@@ -34,6 +35,7 @@ import torch
 from parallel.costs import forward_flops_per_token
 from parallel.device_limits import DeviceLimits, measure_device_limits
 from parallel.errors import ConfigurationError
+from parallel.output_file import check_output_file, write_output_file
 from parallel.planning.search import largest_memory
 from slurm.identity import free_port
 from tools.command_line import exit_on_termination, make_output_folder, positive, run
@@ -43,6 +45,7 @@ from train.throughput import BACKWARD_FACTOR
 
 WORKER = Path(__file__).with_name("train_step_worker.py")
 GIB = 2**30
+RECORD, TABLE = "train_step.json", "train_step.md"
 
 
 @dataclass(frozen=True)
@@ -64,7 +67,7 @@ class Candidate:
         """Model FLOPs of a step, recomputation and padding not counted."""
         return BACKWARD_FACTOR * forward_flops_per_token(self.config.model) * self.config.tokens_per_step
 
-    @property
+    @cached_property
     def planned_bytes(self) -> float:
         """Memory of the process that needs most, as tools/plan.py predicts it."""
         return largest_memory(self.config.workload).total
@@ -144,6 +147,7 @@ class StepResult:
     Attributes:
         name: of the candidate.
         layout: of its processes.
+        precision: train.precision.
         tokens: of a step.
         step_seconds: of each step, all ranks' slowest.
         optimizer_seconds: median part of it.
@@ -153,11 +157,12 @@ class StepResult:
         peak_fraction: of the fastest step, of the fastest yardstick of all candidates.
         memory_bytes: peak of the rank that takes most, beyond what it had before the model was built.
         planned_bytes: what tools/plan.py predicts of it.
-        components: seconds of a step by component on rank 0.
+        components: seconds of a step by component on rank 0; none until all steps of all candidates are measured.
     """
 
     name: str
     layout: dict[str, Any]
+    precision: str
     tokens: int
     step_seconds: list[float]
     optimizer_seconds: float
@@ -200,12 +205,19 @@ def candidates(arguments: argparse.Namespace, roots: dict[str, Path]) -> list[Ca
     """Configurations x variants x versions.
 
     Raises:
-        ConfigurationError: one is not valid.
+        ConfigurationError: one is not valid, or has more processes than there are GPUs, where there are any.
     """
+    devices = torch.cuda.device_count()
     found = []
     for path in arguments.configs:
         for variant in arguments.variants:
             config = _of_one_round(path, _overrides(variant))
+            world = config.parallel.world_size
+            if 0 < devices < world:
+                raise ConfigurationError(
+                    f"the layout of {' '.join(filter(None, (path.stem, variant)))} has {world} processes, but there "
+                    f"{'is 1 GPU' if devices == 1 else f'are {devices} GPUs'}; name --variants of at most {devices}"
+                )
             for version, root in roots.items():
                 found.append(Candidate(" ".join(filter(None, (path.stem, variant, version))), config, root))
                 _ = found[-1].planned_bytes  # an activation budget that is too small is said now
@@ -236,10 +248,13 @@ def _of_one_round(path: Path, overrides: list[str]) -> RunConfig:
     return load_config(path, [f"train.global_batch_size={rows}", *overrides])
 
 
-def measure(subjects: Sequence[Candidate], steps: int, threads: int) -> list[StepResult]:
-    """Builds all candidates, lets them take turns, and sums up."""
+def measure(
+    subjects: Sequence[Candidate], steps: int, threads: int, keep: Callable[[list[StepResult]], None]
+) -> list[StepResult]:
+    """Builds all candidates, lets them take turns, and sums up; keep is given the results after each round."""
     with ExitStack() as stack:
         processes = [stack.enter_context(Processes(candidate, threads)) for candidate in subjects]
+        started = [group.started for group in processes]
         answers: list[list[list[dict[str, float]]]] = [[] for _ in subjects]
         for number in range(steps + 1):
             for candidate, group, own in zip(subjects, processes, answers, strict=True):
@@ -247,10 +262,12 @@ def measure(subjects: Sequence[Candidate], steps: int, threads: int) -> list[Ste
                 if number:  # the first one warms up
                     own.append(answer)
                 print(f"step {number}/{steps}  {answer[0]['step_seconds']:8.3f} s  {candidate.name}", flush=True)
+            if number:
+                parts = zip(subjects, answers, _best_rates(subjects, answers), started, strict=True)
+                results = [_sum_up(*part) for part in parts]
+                keep(results)
         components = [group.ask("components")[0] for group in processes]
-        started = [group.started for group in processes]
-    parts = zip(subjects, answers, _best_rates(subjects, answers), components, started, strict=True)
-    return [_sum_up(candidate, own, best, split, before) for candidate, own, best, split, before in parts]
+    return [replace(one, components=split) for one, split in zip(results, components, strict=True)]
 
 
 def _best_rates(subjects: Sequence[Candidate], answers: Sequence[list[list[dict[str, float]]]]) -> list[float]:
@@ -271,7 +288,6 @@ def _sum_up(
     candidate: Candidate,
     answers: list[list[dict[str, float]]],
     best: float,
-    components: dict[str, float],
     started: list[dict[str, float]],
 ) -> StepResult:
     seconds = [max(rank["step_seconds"] for rank in answer) for answer in answers]
@@ -282,6 +298,7 @@ def _sum_up(
     return StepResult(
         name=candidate.name,
         layout=candidate.config.parallel.model_dump(mode="json"),
+        precision=candidate.config.train.precision,
         tokens=candidate.config.tokens_per_step,
         step_seconds=seconds,
         optimizer_seconds=statistics.median(answer[0]["optimizer_seconds"] for answer in answers),
@@ -291,7 +308,7 @@ def _sum_up(
         peak_fraction=candidate.flops / min(seconds) / best,
         memory_bytes=max(growth),
         planned_bytes=candidate.planned_bytes,
-        components=components,
+        components={},
     )
 
 
@@ -345,23 +362,42 @@ def _check_out(commit: str, folder: Path) -> Path:
     return folder
 
 
+def _check_output(folder: Path) -> None:
+    """Makes the folder of --output.
+
+    Raises:
+        ConfigurationError: it has results already, or none can be written there.
+    """
+    make_output_folder(folder)
+    if (folder / RECORD).is_file():
+        raise ConfigurationError(f"--output {folder} has a {RECORD} already; name another folder or remove that file")
+    for name in (RECORD, TABLE):
+        check_output_file(folder / name)
+
+
+def _save(results: Sequence[StepResult], limits: DeviceLimits, folder: Path) -> None:
+    record = {"limits": asdict(limits), "results": [asdict(one) for one in results]}
+    write_output_file(folder / RECORD, json.dumps(record, indent=1) + "\n")
+
+
 def main() -> None:
     """Measures and reports."""
     exit_on_termination()
     arguments = parse_arguments()
     with tempfile.TemporaryDirectory() as folder:
         subjects = candidates(arguments, _versions(arguments.against, Path(folder)))
-        make_output_folder(arguments.output)
+        _check_output(arguments.output)
         torch.set_num_threads(arguments.threads)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         dtype = torch.bfloat16 if subjects[0].config.train.precision == "bf16" else torch.float32
         limits = measure_device_limits(device, dtype)
         torch.cuda.empty_cache()  # the models run in other processes
-        results = measure(subjects, arguments.steps, arguments.threads)
+        results = measure(
+            subjects, arguments.steps, arguments.threads, lambda found: _save(found, limits, arguments.output)
+        )
     text = report(results, limits)
-    (arguments.output / "train_step.md").write_text(text)
-    record = {"limits": asdict(limits), "results": [asdict(one) for one in results]}
-    (arguments.output / "train_step.json").write_text(json.dumps(record, indent=1) + "\n")
+    _save(results, limits, arguments.output)
+    write_output_file(arguments.output / TABLE, text)
     print(text)
 
 

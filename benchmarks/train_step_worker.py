@@ -18,7 +18,6 @@ sys.path[:0] = [sys.argv[1], str(Path(__file__).resolve().parent)]  # the second
 # Megatron-core warns at import about optional libraries that this project does not use.
 warnings.filterwarnings("ignore", module=r"megatron\.core")
 
-import psutil
 import torch
 import torch.distributed
 
@@ -28,14 +27,58 @@ from parallel.inputs import MicroBatch
 from parallel.stage import build_stage
 from parallel.topology import initialize_topology, start_process_group
 from train.config import RunConfig
-from train.monitor import peak_memory_bytes
 from train.process import ProcessIdentity, prepare_process
 from train.step import StepEngine
 
 # Of this folder: another version may not have them.
+ALLOCATIONS = importlib.import_module("allocations")
 COMPONENTS = importlib.import_module("step_components")
 SURROUNDINGS = importlib.import_module("step_surroundings")
 YARDSTICK = 2048  # rows and columns of the product that is timed before and after each step
+
+
+class Yardstick:
+    """A large matrix product. Its matrices are filled at once, so that they are there before the model is.
+
+    Args:
+        device: computes it.
+        dtype: of the matrices.
+    """
+
+    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
+        size = YARDSTICK if device.type == "cpu" else 4 * YARDSTICK
+        self._device = device
+        self._factor = torch.randn(size, size, device=device, dtype=dtype)
+        self._product = torch.zeros_like(self._factor)
+
+    def flops_per_second(self) -> float:
+        """The rate of the product now."""
+        synchronize(self._device)
+        started = time.perf_counter()
+        torch.mm(self._factor, self._factor, out=self._product)
+        synchronize(self._device)
+        flops: float = 2.0 * float(len(self._factor)) ** 3
+        return flops / (time.perf_counter() - started)
+
+
+class Memory:
+    """The most memory beyond what this process has now.
+
+    Measured by this folder's code: older versions of the project say something else.
+
+    Args:
+        device: whose memory it is.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._on_gpu = device.type == "cuda"
+        if self._on_gpu:
+            torch.cuda.reset_peak_memory_stats()
+        self.before: int = torch.cuda.memory_allocated() if self._on_gpu else ALLOCATIONS.restart_peak()
+
+    def peak(self) -> int:
+        """The peak so far, with what there was before."""
+        return int(torch.cuda.max_memory_allocated() if self._on_gpu else ALLOCATIONS.peak_resident_bytes())
 
 
 class Subject:
@@ -49,6 +92,8 @@ class Subject:
         place = initialize_topology(config.parallel)
         dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
         self.config, self.device = config, compute_device()
+        self._yardstick = Yardstick(self.device, dtype)
+        self.memory = Memory(self.device)
         choice = {}
         if config.parallel.activation_checkpointing == "budget":
             planning = importlib.import_module("parallel.planning.policies")  # not there in older versions
@@ -61,25 +106,22 @@ class Subject:
         generator = torch.Generator().manual_seed(place.data_rank)
         count = config.train.global_batch_size // (config.parallel.data * train.micro_batch_size)
         self.batches = [self._random_batch(generator) for _ in range(count)]
-        size = YARDSTICK if self.device.type == "cpu" else 4 * YARDSTICK
-        self._factor = torch.randn(size, size, device=self.device).to(dtype)
-        self._product = torch.empty_like(self._factor)
 
     def step(self) -> dict[str, float]:
         """Seconds of one step and its parts, FLOP/s of a large matrix product right before and after, memory."""
-        before = self._yardstick()
+        before = self._yardstick.flops_per_second()
         torch.distributed.barrier()  # the wait for another rank's yardstick is no part of the step
         started = self._now()
         self.engine.accumulate(self.batches)
         accumulated = self._now()
         self.engine.update(1e-4)
         done = self._now()
-        after = self._yardstick()
+        after = self._yardstick.flops_per_second()
         return {
             "step_seconds": done - started,
             "optimizer_seconds": done - accumulated,
             "yardstick_flops_per_second": 2 / (1 / before + 1 / after),
-            "peak_bytes": peak_memory_bytes(),
+            "peak_bytes": self.memory.peak(),
         }
 
     def components(self) -> dict[str, float]:
@@ -109,12 +151,6 @@ class Subject:
         synchronize(self.device)
         return time.perf_counter()
 
-    def _yardstick(self) -> float:
-        started = self._now()
-        torch.mm(self._factor, self._factor, out=self._product)
-        flops: float = 2.0 * float(len(self._factor)) ** 3
-        return flops / (self._now() - started)
-
 
 def main() -> None:
     """Argument 2 is the run as JSON; each line of input names a method of Subject, whose result is answered as JSON."""
@@ -124,10 +160,9 @@ def main() -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print must not get among the answers
     start_process_group()
-    before = 0 if torch.cuda.is_available() else psutil.Process().memory_info().rss
     subject = Subject(RunConfig.model_validate_json(sys.argv[2]))
     commands: dict[str, Callable[[], Any]] = {"step": subject.step, "components": subject.components}
-    print(json.dumps({"imports_bytes": before}), file=answers, flush=True)
+    print(json.dumps({"imports_bytes": subject.memory.before}), file=answers, flush=True)
     for line in sys.stdin:
         print(json.dumps(commands[line.strip()]()), file=answers, flush=True)
     torch.distributed.destroy_process_group()

@@ -20,16 +20,25 @@ class PieceCost:
         parameters: trainable values in the whole model.
         split_parameters: those of them that tensor parallelism divides.
         forward_flops: FLOPs of the forward pass of one sequence.
+        by_key_head: those of split_parameters that are divided by key and value heads.
+        key_value_heads: how many there are.
     """
 
     name: str
     parameters: int
     split_parameters: int
     forward_flops: float
+    by_key_head: int = 0
+    key_value_heads: int = 1
+
+    def shared_by(self, tensor: int) -> int:
+        """Parameters that all ranks hold because there are fewer key heads than ranks (linear.SharedRowsLinear)."""
+        return self.by_key_head if tensor > self.key_value_heads else 0
 
     def parameters_per_rank(self, tensor: int) -> int:
         """Parameters that one tensor-parallel rank holds."""
-        return self.parameters - self.split_parameters + self.split_parameters // tensor
+        divided = self.split_parameters - self.shared_by(tensor)
+        return self.parameters - divided + divided // tensor
 
 
 def piece_costs(config: ModelConfig) -> list[PieceCost]:
@@ -49,7 +58,7 @@ def total_parameters(config: ModelConfig) -> int:
 
 def _piece_cost(name: str, config: ModelConfig) -> PieceCost:
     if ".layers." in name:
-        return PieceCost(name, *_decoder_layer_cost(name, config))
+        return PieceCost(name, *_decoder_layer_cost(name, config), *_key_heads(name, config))
     costs = {
         "embedder": _embedder_cost,
         "vanilla.input": _vanilla_input_cost,
@@ -75,6 +84,14 @@ def _decoder_layer_cost(name: str, config: ModelConfig) -> _Cost:
     if not config.has_cross_attention:
         return cost
     return _sum(cost, _cross_attention_cost(config))
+
+
+def _key_heads(name: str, config: ModelConfig) -> tuple[int, int]:
+    """Parameters of a layer's matrices that hold keys and values; key and value heads."""
+    backbone, crosses = config.backbone, config.has_cross_attention and name.startswith("token_decoder")
+    stack = config.stacks[-1 if name.startswith("token_decoder") else 0]
+    rows = stack.query_key_value_size + crosses * 2 * stack.key_value_heads * stack.head_size
+    return rows * (stack.hidden_size + (backbone.bias != "none")), stack.key_value_heads
 
 
 def _sum(*costs: _Cost) -> _Cost:

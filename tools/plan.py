@@ -10,9 +10,11 @@ if Path(sys.path[0]).resolve() == Path(__file__).resolve().parent:
 import argparse
 import json
 import math
+import re
 import shlex
 import warnings
 from collections.abc import Collection
+from dataclasses import replace
 from typing import Any
 
 # Megatron-core warns at import about optional libraries that this project does not use.
@@ -29,6 +31,7 @@ from parallel.planning.calibration import (
     BenchmarkEntry,
     Constants,
     Measured,
+    check_place_of_constants,
     fit,
     read_benchmark,
     read_constants,
@@ -233,24 +236,25 @@ def calibrate(arguments: argparse.Namespace) -> None:
     """
     if arguments.output is None:
         raise ConfigurationError("--calibrate needs --output; name the file that --constants is to read")
+    check_place_of_constants(arguments.output)
     benchmark = read_benchmark(arguments.calibrate)
-    on_cpu = benchmark.device.startswith("CPU")
-    if on_cpu != (arguments.gpu == "cpu"):
+    possible = kinds_of_device(benchmark)
+    if arguments.gpu not in possible:
         raise ConfigurationError(
             f"--gpu {arguments.gpu} is not what {arguments.calibrate} was measured on, which is {benchmark.device}; "
-            f"{'use --gpu cpu' if on_cpu else 'name that GPU'}, or run the benchmark on the other device"
+            f"use --gpu {' or '.join(possible)}, or run the benchmark on the other device"
         )
     paths = {path.stem: path for path in [*run_files(REPOSITORY / "configs"), *arguments.configs]}
     own = [one for one in benchmark.entries if one.is_of_this_version]
     measured = [Measured(measured_workload(one, benchmark, paths), one.step_seconds) for one in own]
     # The limits are those of one precision.
     measured = [one for one in measured if one.work.precision == benchmark.precision]
-    if on_cpu:  # where several processes share what the limits were measured with
+    if benchmark.on_cpu:  # where several processes share what the limits were measured with
         measured = [one for one in measured if one.work.parallel.world_size == 1]
     if not measured:
         raise ConfigurationError(
             f"--calibrate {arguments.calibrate} has no step to fit to: one of this version of the project in "
-            f"{benchmark.precision}{' with one process' * on_cpu}; run the benchmark again"
+            f"{benchmark.precision}{' with one process' * benchmark.on_cpu}; run the benchmark again"
         )
     start = DEVICES[arguments.gpu]
     rates = start.flops_per_second | {benchmark.precision: benchmark.flops_per_second}
@@ -258,6 +262,19 @@ def calibrate(arguments: argparse.Namespace) -> None:
     device = fit(start.model_copy(update=limits), arguments.gpus_per_node, None, measured)
     write_constants(arguments.output, Constants(device=device))
     print(f"fitted {device.name} to {len(measured)} of {len(benchmark.entries)} measured steps: {arguments.output}")
+
+
+def kinds_of_device(benchmark: Benchmark) -> list[str]:
+    """Values of --gpu that a benchmark may have been measured on: of a GPU that is not known, all GPUs."""
+    if benchmark.on_cpu:
+        return ["cpu"]
+    gpus = sorted(DEVICES.keys() - {"cpu"})
+    found = re.search(r"\b([AH]\d+)\b(?:.*?\b(\d+)GB\b)?", benchmark.device)
+    if found is None:
+        return gpus
+    kind, memory = found[1].lower(), found[2]
+    alike = [name for name in gpus if name.startswith(f"{kind}-")]
+    return [name for name in alike if name == f"{kind}-{memory}g"] or alike or gpus
 
 
 def measured_workload(entry: BenchmarkEntry, benchmark: Benchmark, paths: dict[str, Path]) -> Workload:
@@ -289,10 +306,14 @@ def measured_workload(entry: BenchmarkEntry, benchmark: Benchmark, paths: dict[s
     defaults = [
         "train.micro_batch_size=1",
         f"train.global_batch_size={batch}",
-        f"train.precision={benchmark.precision}",
         *(f"parallel.{name}={json.dumps(value)}" for name, value in layout.model_dump(mode="json").items()),
     ]
-    return load_config(paths[stem], [*defaults, *overrides]).workload
+    # Older benchmarks do not tell it: what the configuration has, but on a CPU fp32.
+    precision = entry.precision or ("fp32" if benchmark.on_cpu else None)
+    if precision:
+        defaults.append(f"train.precision={precision}")
+    work = load_config(paths[stem], [*defaults, *overrides]).workload
+    return replace(work, on_gpu=not benchmark.on_cpu)  # a configuration's is of the device of this machine
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ What training costs is FLOPs, or hours of GPUs under each model's best layout; w
 least time per generated token. Losses are not predicted: they are given.
 """
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -47,11 +48,11 @@ class Choice:
         name: of the model.
         training_flops: of `tokens`.
         gpu_hours: of the same, under the best layout; None: none fits.
-        affordable_tokens: that the training budget buys; None: no budget, or it cannot be said.
+        affordable_tokens: that the training budget buys; None: no budget, or no layout fits.
         inference_flops: per generated token.
         inference_seconds: per generated token of one sequence, at least.
         loss: as given; None: unknown.
-        fits_training: within the training budget.
+        fits_training: some layout trains it, within the training budget.
         fits_inference: within the inference budget.
     """
 
@@ -72,11 +73,15 @@ def parse_budget(option: str, text: str, units: tuple[str, ...]) -> Budget:
     Raises:
         ConfigurationError: it is none.
     """
-    match = re.fullmatch(r"\s*([0-9.]+(?:[eE][+-]?[0-9]+)?)\s*([A-Za-z]+)\s*", text)
-    if match is None or match[2] not in units or float(match[1]) <= 0:
-        raise ConfigurationError(f"{option}={text} is not a positive number with one of the units {', '.join(units)}")
-    kind, factor = UNITS[match[2]]
-    return Budget(kind, float(match[1]) * factor)  # type: ignore[arg-type]
+    match = re.fullmatch(r"\s*((?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)\s*([A-Za-z]+)\s*", text)
+    if match is not None and match[2] in units:
+        kind, factor = UNITS[match[2]]
+        amount = float(match[1]) * factor
+        if 0.0 < amount < math.inf:
+            return Budget(kind, amount)  # type: ignore[arg-type]
+    raise ConfigurationError(
+        f"{option}={text} is not a positive finite number with one of the units {', '.join(units)}, such as 5{units[0]}"
+    )
 
 
 def generation_cost(training: Training, setting: Setting, device: Device) -> tuple[float, float]:
@@ -109,7 +114,7 @@ def judge(
     spent = {"flops": flops, "hours": hours}
     used = {"flops": generation_flops, "seconds": generation_seconds}
     for_training, for_inference = budgets
-    cost = None if for_training is None else spent[for_training.kind]
+    cost = None if for_training is None or plan is None else spent[for_training.kind]
     affordable = None if for_training is None or cost is None else tokens * for_training.amount / cost
     return Choice(
         name=name,
@@ -119,7 +124,7 @@ def judge(
         inference_flops=generation_flops,
         inference_seconds=generation_seconds,
         loss=losses.get(name),
-        fits_training=for_training is None or (affordable is not None and affordable >= tokens),
+        fits_training=plan is not None and (for_training is None or (affordable is not None and affordable >= tokens)),
         fits_inference=for_inference is None or used[for_inference.kind] <= for_inference.amount,
     )
 

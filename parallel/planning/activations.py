@@ -54,10 +54,10 @@ def received_bytes(work: Workload, piece: str) -> float:
     model = work.model
     if piece.startswith("token_decoder") and piece != "token_decoder.input":
         values = work.micro_batch_size * model.num_blocks * model.carried_length * model.tokens.hidden_size
-    else:
-        width = model.blocks.hidden_size if model.is_block else model.vanilla.hidden_size
-        values = work.micro_batch_size * (model.sequence_length // model.unit_length) * width
-    return values * work.value_bytes / _sharding(work, piece)
+        return values * work.value_bytes / _sharding(work, piece)
+    width = model.blocks.hidden_size if model.is_block else model.vanilla.hidden_size
+    values = work.micro_batch_size * (model.sequence_length // model.unit_length) * width
+    return values * work.value_bytes / (work.parallel.tensor if work.parallel.sequence_parallel else 1)
 
 
 def gathered_bytes(work: Workload, piece: str) -> float:

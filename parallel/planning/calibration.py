@@ -20,6 +20,7 @@ from pydantic import (
 )
 
 from parallel.errors import ConfigurationError
+from parallel.output_file import check_output_file, write_output_file
 from parallel.planning.communication import Cluster
 from parallel.planning.hardware import Device, Network
 from parallel.planning.search import evaluate
@@ -55,12 +56,33 @@ def read_constants(path: Path) -> Constants:
         ConfigurationError: it is missing or no such file.
     """
     try:
-        return Constants.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, ValidationError) as error:
-        reason = error.strerror if isinstance(error, OSError) else str(error).splitlines()[0]
-        raise ConfigurationError(
-            f"--constants {path} cannot be read ({reason}); write one with tools/plan.py --calibrate"
-        ) from None
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        if isinstance(values, dict):
+            return Constants.model_validate(values)
+        reason = "it is empty" if values is None else "it has no fields"
+    except OSError as error:
+        reason = str(error.strerror)
+    except ValidationError as error:
+        reason = _first_problem(error)
+    except (ValueError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())
+    raise ConfigurationError(f"--constants {path} cannot be read ({reason}); write one with tools/plan.py --calibrate")
+
+
+def check_place_of_constants(path: Path) -> None:
+    """Finds out, before the fit, whether constants can be written to a file without losing another kind of file.
+
+    Raises:
+        ConfigurationError: it is there and has no constants, or cannot be written.
+    """
+    check_output_file(path)
+    if path.exists():
+        try:
+            read_constants(path)
+        except ConfigurationError:
+            raise ConfigurationError(
+                f"--output {path} is there and is no file of constants; name another file or remove it"
+            ) from None
 
 
 def write_constants(path: Path, constants: Constants) -> None:
@@ -70,10 +92,7 @@ def write_constants(path: Path, constants: Constants) -> None:
         ConfigurationError: it cannot be written.
     """
     text = "# Constants of tools/plan.py --constants, fitted to a benchmark.\n"
-    try:
-        path.write_text(text + yaml.safe_dump(constants.model_dump(mode="json"), sort_keys=False), encoding="utf-8")
-    except OSError as error:
-        raise ConfigurationError(f"--output {path} cannot be written: {error.strerror}; name another file") from None
+    write_output_file(path, text + yaml.safe_dump(constants.model_dump(mode="json"), sort_keys=False))
 
 
 @dataclass(frozen=True)
@@ -85,12 +104,14 @@ class BenchmarkEntry:
         layout: fields of ParallelConfig.
         tokens: of a step.
         step_seconds: median.
+        precision: train.precision; None: older benchmarks did not say.
     """
 
     name: str
     layout: dict[str, Any]
     tokens: int
     step_seconds: float
+    precision: Literal["fp32", "bf16"] | None = None
 
     @property
     def is_of_this_version(self) -> bool:
@@ -107,6 +128,11 @@ class Benchmark:
     flops_per_second: float
     bytes_per_second: float
     entries: list[BenchmarkEntry]
+
+    @property
+    def on_cpu(self) -> bool:
+        """Whether it ran without a GPU."""
+        return self.device.startswith("CPU")
 
     @property
     def precision(self) -> Literal["fp32", "bf16"]:
@@ -130,6 +156,7 @@ class _Result(BaseModel):
     layout: dict[str, Any]
     tokens: PositiveInt
     step_seconds: list[PositiveFloat] = Field(min_length=1)
+    precision: Literal["fp32", "bf16"] | None = None
 
     @field_validator("name")
     @classmethod
@@ -157,17 +184,21 @@ def read_benchmark(path: Path) -> Benchmark:
     except OSError as error:
         reason = str(error.strerror)
     except ValidationError as error:
-        first = error.errors()[0]
-        reason = ": ".join(filter(None, (".".join(map(str, first["loc"])), first["msg"])))
+        reason = _first_problem(error)
     else:
         entries = [
-            BenchmarkEntry(one.name, one.layout, one.tokens, statistics.median(one.step_seconds))
+            BenchmarkEntry(one.name, one.layout, one.tokens, statistics.median(one.step_seconds), one.precision)
             for one in record.results
         ]
         return Benchmark(**record.limits.model_dump(), entries=entries)
     raise ConfigurationError(
         f"--calibrate {path} cannot be read ({reason}); give the train_step.json of benchmarks/train_step.py"
     )
+
+
+def _first_problem(error: ValidationError) -> str:
+    first = error.errors()[0]
+    return ": ".join(filter(None, (".".join(map(str, first["loc"])), first["msg"])))
 
 
 def fit(

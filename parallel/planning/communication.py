@@ -1,6 +1,7 @@
 """Time of collectives: rings over processes that a layout lays over nodes."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Self
 
 from parallel.planning.hardware import Device, Network
 
@@ -19,11 +20,16 @@ class Cluster:
     devices_per_node: int
     network: Network | None
 
+    def of(self, world_size: int) -> Self:
+        """What so many processes use of it: no network where one node holds them all."""
+        return replace(self, network=None) if world_size <= self.devices_per_node else self
+
     def _link(self, span: int) -> tuple[float, float]:
-        """Bytes per second and latency of a ring whose members lie within so many consecutive ranks."""
-        if span <= self.devices_per_node or self.network is None:
+        """Bytes per second and latency of rings that each lie within so many consecutive ranks, of the slowest one."""
+        if self.network is None or self.devices_per_node % span == 0:
             return self.device.link_bytes_per_second, self.device.link_latency
-        return self.network.bytes_per_second * self.network.efficiency, self.network.latency
+        rate = self.network.bytes_per_second * self.network.efficiency
+        return rate / (self.devices_per_node if self.network.shared else 1), self.network.latency
 
     def all_reduce(self, size: float, members: int, span: int, pieces: int = 1) -> float:
         """Seconds of sums of `size` bytes over all members, so many pieces of it one after the other.

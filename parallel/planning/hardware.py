@@ -46,7 +46,8 @@ class Network(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     name: str = Field(description="What it is called.")
-    bytes_per_second: float = Field(gt=0.0, description="One direction, of one device's share.")
+    bytes_per_second: float = Field(gt=0.0, description="One direction, of one port.")
+    shared: bool = Field(default=False, description="All devices of a node share one port; else each has its own.")
     efficiency: float = Field(gt=0.0, le=1.0, description="Part of it that collectives reach.")
     latency: float = Field(ge=0.0, description="Seconds of a collective step.")
 
@@ -130,13 +131,13 @@ DEVICES = {
     )
 }
 # Rates of one port in one direction: 400 and 200 Gbit/s of InfiniBand per device, one 100 Gbit/s Ethernet port that
-# eight devices share. Collectives reach about four fifths of InfiniBand, half of TCP.
+# all devices of a node share. Collectives reach about four fifths of InfiniBand, half of TCP.
 NETWORKS = {
     network.name: network
     for network in (
         Network(name="infiniband-400", bytes_per_second=50e9, efficiency=0.8, latency=1.5e-5),
         Network(name="infiniband-200", bytes_per_second=25e9, efficiency=0.8, latency=1.5e-5),
-        Network(name="ethernet-100", bytes_per_second=12.5e9 / 8, efficiency=0.5, latency=5e-5),
+        Network(name="ethernet-100", bytes_per_second=12.5e9, shared=True, efficiency=0.5, latency=5e-5),
     )
 }
 NO_NETWORK = "nvlink-only"

@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields
 from parallel.checkpointing import Policy
 from parallel.costs import PieceCost
 from parallel.planning.activations import gathered_bytes, piece_activations, received_bytes
-from parallel.planning.states import States, stage_states
+from parallel.planning.states import LIVE_VALUES, States, stage_states
 from parallel.planning.workload import Workload
 
 
@@ -61,8 +61,9 @@ def _moments(work: Workload, stage: int, policies: Mapping[str, Policy], states:
         1 if work.on_gpu else 2
     )  # gloo scatters from a copy
     static = (states.parameters, states.optimizer)
-    for activations, workspace, gradients, has_bucket in _passes(work, stage, policies, states):
+    for activations, workspace, gradients, has_bucket, is_fetching in _passes(work, stage, policies, states):
         communication = gathered + states.gathered + (states.bucket if has_bucket or states.keeps_bucket else 0.0)
+        communication += states.prefetched if is_fetching else 0.0
         yield Memory(*static, states.held_gradients + gradients, activations, workspace, communication)
     gradients = states.held_gradients + states.gradients
     yield Memory(*static, gradients, 0.0, 0.0, gathered + states.gathered + states.bucket + states.reduction)
@@ -72,11 +73,11 @@ def _moments(work: Workload, stage: int, policies: Mapping[str, Policy], states:
 
 def _passes(
     work: Workload, stage: int, policies: Mapping[str, Policy], states: States
-) -> Iterator[tuple[float, float, float, bool]]:
+) -> Iterator[tuple[float, float, float, bool, bool]]:
     """The newest micro-batch's passes through each piece.
 
     Returns:
-        Activations, workspace, gradients, and whether the bucket for gradients exists.
+        Activations, workspace, gradients; whether the bucket for gradients exists, and whether ZeRO 3 fetches weights.
     """
     pieces = work.stages[stage]
     found = [piece_activations(work, piece.name, policies.get(piece.name, "none")) for piece in pieces]
@@ -88,13 +89,15 @@ def _passes(
     full = states.gradients if work.parallel.zero_stage < 2 or work.parallel.pipeline > 1 else states.accumulated
     later = sum(work.parameters(piece) for piece in pieces)
     kept, total = before, max(1, later)
+    again = later > LIVE_VALUES  # what was gathered in the forward pass has not stayed
     for piece, one in zip(pieces, found, strict=True):
         kept += one.kept
-        yield kept, one.forward, 0.0 if is_first else full, not is_first and work.parallel.zero_stage == 1
+        fetches = piece is not pieces[-1]  # by then all are there
+        yield kept, one.forward, 0.0 if is_first else full, not is_first and work.parallel.zero_stage == 1, fetches
         later -= work.parameters(piece)
         own = _own_gradient(work, piece)
         arisen = states.gradients * later / total if is_first or work.parallel.zero_stage > 1 else 0.0
-        yield kept, one.backward + own, arisen + (0.0 if is_first else full), True
+        yield kept, one.backward + own, arisen + (0.0 if is_first else full), True, fetches and again
 
 
 def _own_gradient(work: Workload, piece: PieceCost) -> float:

@@ -63,7 +63,8 @@ def recomputed(work: Workload, piece: PieceCost, policy: Policy) -> tuple[float,
         return flops - last * work.stack(piece.name).hidden_size / work.shares(piece.name), everything - kept
     stack = work.stack(piece.name)
     dense = 2.0 * work.positions(piece.name) * stack.attention_size * stack.hidden_size / work.shares(piece.name)
-    return dense, everything - kept
+    attentions = 2 if work.model.has_cross_attention and piece.name.startswith("token_decoder") else 1
+    return attentions * dense, everything - kept
 
 
 def _cheapest(work: Workload, stage: int, layers: list[PieceCost], budget: float) -> dict[str, Policy]:

@@ -12,6 +12,7 @@ from parallel.planning.workload import Workload
 BUCKET_VALUES = 2**26
 REDUCED_VALUES = 500_000_000  # so many DeepSpeed sums at once where there is no bucket
 LIVE_VALUES = 1_000_000_000  # its stage3_max_live_parameters: so much ZeRO 3 leaves gathered
+PREFETCHED_VALUES = 50_000_000  # its stage3_prefetch_bucket_size: gathered in one piece ahead of use, then copied
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,11 +23,13 @@ class States:
         parameters: weights.
         optimizer: master weights and moments.
         held_gradients: buffers that exist in the whole step.
-        gradients: what the backward pass of the first micro-batch adds to them.
+        gradients: what the backward pass of a micro-batch adds to them; where they go into the bucket as they arise,
+            this process's part alone.
         accumulated: what is left of them while further micro-batches run.
         bucket: into which gradients are brought together, during backward passes.
         keeps_bucket: it exists in the whole step.
         gathered: parameters that ZeRO 3 has brought together.
+        prefetched: the piece in which it receives more of them, until each has been copied from it.
         reduction: beside all gradients, when they are reduced; activations are gone by then.
         update: beside the accumulated gradients, during the update.
     """
@@ -39,6 +42,7 @@ class States:
     bucket: float = 0.0
     keeps_bucket: bool = False
     gathered: float = 0.0
+    prefetched: float = 0.0
     reduction: float
     update: float
 
@@ -73,10 +77,12 @@ def _largest_group(work: Workload, parameters: float) -> float:
     model, tensor = work.model, work.parallel.tensor
     if work.decays_all:
         return parameters
-    tables = model.vanilla.hidden_size if not model.is_block else model.tokens.hidden_size * model.embeds_local_tokens
     if model.is_block:
-        tables += model.embedder.vector_width(model.blocks.hidden_size, model.block_length)
-    exempt = min(parameters, model.vocab_size / tensor * tables) if work.parallel.pipeline == 1 else 0.0
+        tables = model.tokens.hidden_size * model.embeds_local_tokens / work.shares("token_decoder.input")
+        tables += model.embedder.vector_width(model.blocks.hidden_size, model.block_length) / tensor
+    else:
+        tables = model.vanilla.hidden_size / tensor
+    exempt = min(parameters, model.vocab_size * tables) if work.parallel.pipeline == 1 else 0.0
     return max(exempt, parameters - exempt)
 
 
@@ -127,10 +133,10 @@ def _sharded_gradients(work: Workload, parameters: float) -> States:
     return States(
         parameters=size * parameters,
         optimizer=3 * part,
-        gradients=size * parameters,
+        gradients=size * parameters if is_pipelined else part,
         accumulated=size * parameters if is_pipelined else part,
         bucket=_bucket(work, parameters, size),
-        reduction=part + cast,
+        reduction=cast + (part if is_pipelined or work.num_micro_batches > 1 else 0.0),
         update=4 * _largest_group(work, parameters) / work.parallel.data,
     )
 
@@ -143,11 +149,12 @@ def _sharded_parameters(work: Workload, parameters: float) -> States:
         parameters=size * part,
         optimizer=12 * part,
         held_gradients=4 * part,
-        gradients=size * parameters,
+        gradients=0.0,
         accumulated=0.0,
         bucket=_bucket(work, parameters, 4),
         keeps_bucket=True,
         gathered=size * min(parameters, LIVE_VALUES) if work.parallel.data > 1 else 0.0,
+        prefetched=size * min(parameters, PREFETCHED_VALUES) if work.parallel.data > 1 else 0.0,
         reduction=scattered,
         update=4 * _largest_group(work, parameters) / work.parallel.data,
     )

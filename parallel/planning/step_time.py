@@ -59,6 +59,7 @@ class StepTime:
 
 def step_time(work: Workload, cluster: Cluster, policies: list[Mapping[str, Policy]]) -> StepTime:
     """Time of a step; `policies` has those of each stage's layers."""
+    cluster = cluster.of(work.parallel.world_size)
     stages = [_stage_seconds(work, cluster, stage, policies[stage]) for stage in range(work.parallel.pipeline)]
     totals = [sum(stage) for stage in stages]
     slowest = max(range(len(stages)), key=lambda stage: totals[stage])
@@ -206,8 +207,9 @@ def _summed_values(work: Workload, piece: str) -> float:
     blocks = work.micro_batch_size * model.num_blocks if model.is_block else 0
     if piece == "block_decoder.output":
         return 0.0
-    if piece == "embedder" and model.embedder.has_encoder:
-        return float(blocks * model.block_length * model.embedder.roberta.hidden_size)
+    if piece == "embedder":
+        vectors = model.block_length if model.embedder.has_encoder else model.embedder.num_vectors(model.block_length)
+        return float(blocks * vectors * model.embedder.vector_width(width, model.block_length))
     if piece == "token_decoder.input":
         if work.is_whole(piece):
             return float(blocks * model.blocks.hidden_size)
@@ -223,12 +225,10 @@ def _partial_gradient_seconds(work: Workload, cluster: Cluster, stage: int) -> f
     They are those of what all ranks hold and run on their own positions.
     """
     parallel = work.parallel
-    pieces = [piece for piece in work.stages[stage] if parallel.sequence_parallel or work.is_whole(piece.name)]
+    pieces = [piece for piece in work.stages[stage] if _partial_values(work, piece)]
     if parallel.tensor == 1 or not pieces:
         return 0.0
-    values = sum(
-        piece.parameters if work.is_whole(piece.name) else piece.parameters - piece.split_parameters for piece in pieces
-    )
+    values = sum(_partial_values(work, piece) for piece in pieces)
     if parallel.zero_stage < 2 and not parallel.overlap_gradient_reduction:
         buckets = math.ceil(values / BUCKET_VALUES)
         return cluster.all_reduce(4.0 * values, parallel.tensor, parallel.tensor, buckets)
@@ -237,11 +237,19 @@ def _partial_gradient_seconds(work: Workload, cluster: Cluster, stage: int) -> f
     return work.num_micro_batches * each
 
 
+def _partial_values(work: Workload, piece: PieceCost) -> int:
+    """Values of a piece of whose gradients each tensor-parallel rank has a part."""
+    if work.is_whole(piece.name):
+        return piece.parameters
+    replicated = piece.parameters - piece.split_parameters if work.parallel.sequence_parallel else 0
+    return replicated + piece.shared_by(work.parallel.tensor)
+
+
 def _messages(work: Workload, cluster: Cluster) -> float:
     """Messages between stages that nothing hides: one in each direction per micro-batch."""
     if work.parallel.pipeline == 1:
         return 0.0
-    span = 2 * work.parallel.tensor * work.parallel.data
+    span = work.parallel.world_size  # where the way between two stages is longest, all wait
     largest = max(received_bytes(work, stage[0].name) for stage in work.stages[1:])
     return 2.0 * (work.num_micro_batches + work.parallel.pipeline - 2) * cluster.send(largest, span)
 

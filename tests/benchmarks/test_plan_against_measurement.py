@@ -1,5 +1,6 @@
 """The memory model against torch's allocator in real processes, and the benchmark that measures layouts in turn."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,11 @@ from benchmarks.plan_against_measurement import (
     save,
     time_tables,
 )
+from parallel.component_config import DecoderConfig
 from parallel.config import ModelConfig, ParallelConfig
 from parallel.device_limits import DeviceLimits
 from parallel.errors import ConfigurationError
+from parallel.planning import states
 from parallel.planning.workload import Workload
 from tests.processes import run_processes
 from tests.tools.outcomes import Script
@@ -95,6 +98,36 @@ def test_predicted_memory_is_what_is_allocated(processes: int) -> None:
         for rank in ranks:
             predicted = predicted_bytes(one, rank)
             assert predicted == pytest.approx(by_rank[rank][number], rel=TOLERANCE), (describe(one), rank)
+
+
+# Of a model with short sequences, states take most; like all large models it is larger than the bucket.
+SMALL_BUCKET = 2**19
+WIDE = STACK | {"hidden_size": 256}
+STATES = MODEL.model_copy(
+    update={
+        "vocab_size": 256,
+        "sequence_length": 64,
+        "block_decoder": DecoderConfig.model_validate(WIDE),
+        "token_decoder": DecoderConfig.model_validate(WIDE),
+    }
+)
+EARLY = [
+    replace(work(1, count, data=2, zero_stage=stage), model=STATES) for stage, count in ((2, 1), (2, 2), (3, 1), (3, 2))
+]
+
+
+def allocated_with_a_small_bucket(works: list[Workload]) -> list[int]:
+    states.BUCKET_VALUES = SMALL_BUCKET
+    return allocated(works)
+
+
+@pytest.mark.slow
+def test_memory_of_states_where_gradients_are_reduced_as_they_arise(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(states, "BUCKET_VALUES", SMALL_BUCKET)
+    by_rank = run_processes(2, allocated_with_a_small_bucket, EARLY)
+    for number, one in enumerate(EARLY):
+        least = min(measured[number] for measured in by_rank)
+        assert predicted_bytes(one, 0) == pytest.approx(least, rel=TOLERANCE), describe(one)
 
 
 @pytest.mark.slow

@@ -461,6 +461,14 @@ MUTATIONS = (
         "tests/train/test_sharding.py::test_zero_3_shards_matrices_of_small_models_too",
     ),
     Mutation(
+        "the planner forgets in what ZeRO 3 receives weights",
+        "parallel/planning/memory.py",
+        "communication += states.prefetched if is_fetching else 0.0",
+        "pass",
+        "tests/benchmarks/test_plan_against_measurement.py::"
+        "test_memory_of_states_where_gradients_are_reduced_as_they_arise",
+    ),
+    Mutation(
         "the planner forgets that ZeRO 3 gathers module by module",
         "parallel/planning/step_time.py",
         "cluster.all_gather(weights, members, span, _gathered_modules(work, stage))",

@@ -1,5 +1,6 @@
 """Constants are found again from step times that were computed with them; files that are no benchmark are refused."""
 
+import errno
 import json
 from pathlib import Path
 
@@ -66,16 +67,50 @@ def test_missing_files(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "wrong",
+    ("wrong", "message"),
     [
-        {"flops_per_second": {"fp32": 1e12}},
-        {"flops_per_second": {"fp32": 1e12, "bf16": 0.0}},
-        {"flops_per_second": {"fp32": 1e12, "bf16": -5.0}},
-        {"reserved_gib": 200.0},
+        ({"flops_per_second": {"fp32": 1e12}}, "device.flops_per_second: .* at least 2 items"),
+        ({"flops_per_second": {"fp32": 1e12, "bf16": 0.0}}, "device.flops_per_second.bf16: .* greater than 0"),
+        ({"flops_per_second": {"fp32": 1e12, "bf16": -5.0}}, "device.flops_per_second.bf16: .* greater than 0"),
+        ({"reserved_gib": 200.0}, "device: .*reserved_gib=200"),
+        ({"speed": 1.0}, "device.speed: Extra inputs"),
     ],
 )
-def test_constants_that_no_device_has(tmp_path: Path, wrong: dict[str, object]) -> None:
+def test_constants_that_no_device_has(tmp_path: Path, wrong: dict[str, object], message: str) -> None:
     values = {"device": DEVICES["h100-80g"].model_dump(mode="json") | wrong}
     (tmp_path / "constants.yaml").write_text(json.dumps(values))
-    with pytest.raises(ConfigurationError, match="cannot be read"):
+    with pytest.raises(ConfigurationError, match=rf"cannot be read \({message}"):
         read_constants(tmp_path / "constants.yaml")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "it is empty"),
+        ("- device", "it has no fields"),
+        ("{}", "device: Field required"),
+        ("device: {", "while parsing a flow"),
+        ("device: 2020-13-45", "month must be in"),
+    ],
+)
+def test_files_that_are_no_constants(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "constants.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigurationError, match=rf"^--constants {path} cannot be read \({message}[^\n]*--calibrate$"):
+        read_constants(path)
+
+
+def test_constants_appear_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "constants.yaml"
+    write_constants(path, Constants(device=DEVICES["cpu"]))
+    whole = path.read_text()
+
+    def fill_the_disk(self: Path, text: str, **_: object) -> None:
+        self.write_bytes(text[:50].encode())
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", fill_the_disk)
+    with pytest.raises(ConfigurationError, match="No space left"):
+        write_constants(path, Constants(device=DEVICES["h100-80g"]))
+    assert path.read_text() == whole
+    assert list(tmp_path.iterdir()) == [path]

@@ -71,7 +71,7 @@ def test_collectives_of_tensor_parallelism_add_up() -> None:
 def test_partial_gradients_are_summed_once_in_a_step_unless_zero_reduces_them_before() -> None:
     once, often = (seconds(work(tensor=2, sequence_parallel=True, data=2, zero_stage=zero)) for zero in (1, 2))
     assert seconds(work(tensor=2, sequence_parallel=True, data=2, count=16)).tensor < 2.0 * once.tensor
-    pieces = 4 + 4  # layers, and what stands around them
+    pieces = 4 + 3  # layers, and what stands around them without the embedder, all of which is split
     latency = CLUSTER.all_reduce(0.0, 2, 2)
     assert often.tensor - once.tensor == pytest.approx((8 * 6 * pieces - 1) * latency, rel=0.05)
     own, shared = (seconds(work(tensor=2, block_parallel=blocks, zero_stage=1)) for blocks in (True, False))
@@ -96,6 +96,38 @@ def test_a_gpu_waits_for_python_only_where_it_has_nothing_to_do() -> None:
 def test_nodes_apart_are_slower() -> None:
     far = seconds(work(data=16))
     assert far.data > seconds(work(data=16), replace(CLUSTER, devices_per_node=16)).data
+
+
+def test_groups_and_stages_that_lie_across_nodes_go_over_the_network() -> None:
+    """Ranks 6 to 8 of tensor-parallel size 3 lie on two nodes of 8, unless there are but 6 ranks."""
+    assert seconds(work(tensor=3, data=2)).tensor == seconds(work(tensor=3)).tensor
+    assert seconds(work(tensor=3, data=3)).tensor > 1.4 * seconds(work(tensor=3)).tensor
+    assert seconds(work(tensor=4, data=4)).tensor == seconds(work(tensor=4)).tensor
+    apart, together = (seconds(work(tensor=4, pipeline=4), replace(CLUSTER, devices_per_node=n)) for n in (8, 16))
+    assert apart.pipeline > together.pipeline
+
+
+def test_devices_share_a_port() -> None:
+    port = CLUSTER.network.model_copy(update={"shared": True})
+    shared = replace(CLUSTER, network=port)
+    own = 3 * 2e9 / (50e9 * 0.8)
+    assert CLUSTER.all_gather(8e9, 4, 16) == pytest.approx(own + 3 * 1.5e-5)
+    assert shared.all_gather(8e9, 4, 16) == pytest.approx(8 * own + 3 * 1.5e-5)
+
+
+def test_shared_key_heads_are_held_and_summed_by_all_ranks() -> None:
+    """A matrix that two ranks hold whole is a partial gradient of both, also without sequence parallelism."""
+    grouped = Workload(MODELS["vanilla, multi-query"], ParallelConfig(tensor=2, zero_stage=0), 1, 8, "fp32")
+    whole = replace(grouped, parallel=ParallelConfig(tensor=1, zero_stage=0))
+    shared = sum(piece.shared_by(2) for piece in grouped.stages[0])
+    held, everything = (sum(one.parameters(piece) for piece in one.stages[0]) for one in (grouped, whole))
+    split = sum(piece.split_parameters for piece in grouped.stages[0])
+    assert shared > 0
+    assert held == everything - (split - shared) // 2
+    device = CLUSTER.device.model_copy(update={"link_bytes_per_second": 1.0, "link_latency": 0.0})
+    slow = replace(CLUSTER, device=device)
+    once, twice = (seconds(replace(grouped, num_micro_batches=count), slow).tensor for count in (1, 2))
+    assert 2.0 * once - twice == pytest.approx(4.0 * shared)
 
 
 def test_zero_3_gathers_each_module_for_itself() -> None:
