@@ -17,11 +17,6 @@ from torch import Tensor, nn
 from parallel.inputs import ModelInputs
 
 
-def holds_own_blocks(piece: str) -> bool:
-    """Whether a piece works on a rank's own blocks."""
-    return piece == "token_decoder.input" or piece.startswith("token_decoder.layers.")
-
-
 def undivided(megatron: TransformerConfig) -> TransformerConfig:
     """Settings for pieces that every rank holds whole."""
     return replace(megatron, tensor_model_parallel_size=1, sequence_parallel=False)

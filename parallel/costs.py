@@ -7,8 +7,8 @@ positions and other element-wise work are not counted.
 from dataclasses import dataclass
 
 from parallel.component_config import BackboneConfig, DecoderConfig
-from parallel.config import ModelConfig
-from parallel.structure import piece_names
+from parallel.config import ModelConfig, ParallelConfig
+from parallel.structure import holds_own_blocks, piece_names
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,12 @@ class PieceCost:
         """Parameters that one tensor-parallel rank holds."""
         divided = self.split_parameters - self.shared_by(tensor)
         return self.parameters - divided + divided // tensor
+
+    def parameters_held(self, parallel: ParallelConfig) -> int:
+        """Parameters that a process of a layout holds before ZeRO shards them."""
+        if parallel.block_parallel and holds_own_blocks(self.name):
+            return self.parameters
+        return self.parameters_per_rank(parallel.tensor)
 
 
 def piece_costs(config: ModelConfig) -> list[PieceCost]:

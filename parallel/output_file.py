@@ -1,5 +1,6 @@
 """Files named by --output that appear whole or not at all."""
 
+import os
 from contextlib import suppress
 from pathlib import Path
 
@@ -12,12 +13,13 @@ def check_output_file(path: Path) -> None:
     Raises:
         ConfigurationError: It cannot.
     """
-    unfinished = _unfinished(path)
     try:
         if path.is_dir():
             raise IsADirectoryError(None, "Is a directory")
-        unfinished.touch()
-        unfinished.unlink()
+        if not _is_device(path):
+            unfinished = _unfinished(path)
+            unfinished.touch()
+            unfinished.unlink()
     except OSError as error:
         raise _cannot_be_written(path, error) from None
 
@@ -28,18 +30,27 @@ def write_output_file(path: Path, text: str) -> None:
     Raises:
         ConfigurationError: It cannot be written; what was there before still is.
     """
-    unfinished = _unfinished(path)
+    unfinished = path if _is_device(path) else _unfinished(path)
     try:
         unfinished.write_text(text, encoding="utf-8")
-        unfinished.replace(path)
+        if unfinished != path:
+            unfinished.replace(path.resolve())
     except OSError as error:
-        with suppress(OSError):
-            unfinished.unlink()
+        if unfinished != path:
+            with suppress(OSError):
+                unfinished.unlink()
         raise _cannot_be_written(path, error) from None
 
 
+def _is_device(path: Path) -> bool:
+    """Whether it is something like /dev/stdout, which no file can take the place of."""
+    return path.exists() and not path.is_file() and not path.is_dir()
+
+
 def _unfinished(path: Path) -> Path:
-    return path.with_name(f"{path.name}.new")
+    """A name of this process's own, in the folder where the file is, even if by a link."""
+    place = path.resolve()
+    return place.with_name(f".{place.name}.{os.getpid()}.new")
 
 
 def _cannot_be_written(path: Path, error: OSError) -> ConfigurationError:

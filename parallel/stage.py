@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from torch.profiler import record_function
 
 from parallel.block_parallel import (
-    holds_own_blocks,
     mark_replicated,
     own_blocks,
     own_inputs,
@@ -25,6 +24,7 @@ from parallel.initialization import initialize_weights
 from parallel.inputs import MicroBatch, ModelInputs, prepare_inputs
 from parallel.output_head import OutputHead, tie_head
 from parallel.pieces import build_piece
+from parallel.structure import holds_own_blocks
 from parallel.topology import coordinates
 
 

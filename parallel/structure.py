@@ -19,3 +19,8 @@ def piece_names(config: ModelConfig) -> list[str]:
         *(f"token_decoder.layers.{i}" for i in range(config.tokens.num_layers)),
         "token_decoder.output",
     ]
+
+
+def holds_own_blocks(piece: str) -> bool:
+    """Whether block parallelism has each tensor-parallel rank run a piece, which it holds whole, on its own blocks."""
+    return piece == "token_decoder.input" or piece.startswith("token_decoder.layers.")

@@ -18,7 +18,7 @@ def dry_run_report(config: RunConfig) -> str:
     lines += [f"  {name:<16}{count:>16,}" for name, count in _by_module(stages).items()]
     lines += ["", f"parameters per rank (tensor-parallel size {config.parallel.tensor}):"]
     for index, stage in enumerate(stages):
-        count = sum(config.workload.parameters(cost) for cost in stage)
+        count = sum(cost.parameters_held(config.parallel) for cost in stage)
         lines.append(f"  stage {index}: {count:,}")
     lines += [
         "",

@@ -73,16 +73,22 @@ def check_place_of_constants(path: Path) -> None:
     """Finds out, before the fit, whether constants can be written to a file without losing another kind of file.
 
     Raises:
-        ConfigurationError: it is there and has no constants, or cannot be written.
+        ConfigurationError: it is there and has something else than constants, or cannot be written.
     """
     check_output_file(path)
-    if path.exists():
-        try:
-            read_constants(path)
-        except ConfigurationError:
-            raise ConfigurationError(
-                f"--output {path} is there and is no file of constants; name another file or remove it"
-            ) from None
+    if path.is_file() and path.stat().st_size and not _has_constants(path):
+        raise ConfigurationError(
+            f"--output {path} is there and is no file of constants; name another file or remove it"
+        )
+
+
+def _has_constants(path: Path) -> bool:
+    """Whether a file holds constants of this or another version."""
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        return False
+    return isinstance(values, dict) and "device" in values
 
 
 def write_constants(path: Path, constants: Constants) -> None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields
 from parallel.checkpointing import Policy
 from parallel.costs import PieceCost
 from parallel.planning.activations import gathered_bytes, piece_activations, received_bytes
-from parallel.planning.states import LIVE_VALUES, States, stage_states
+from parallel.planning.states import LIVE_VALUES, States, bucket_values, stage_states
 from parallel.planning.workload import Workload
 
 
@@ -61,9 +61,8 @@ def _moments(work: Workload, stage: int, policies: Mapping[str, Policy], states:
         1 if work.on_gpu else 2
     )  # gloo scatters from a copy
     static = (states.parameters, states.optimizer)
-    for activations, workspace, gradients, has_bucket, is_fetching in _passes(work, stage, policies, states):
-        communication = gathered + states.gathered + (states.bucket if has_bucket or states.keeps_bucket else 0.0)
-        communication += states.prefetched if is_fetching else 0.0
+    for activations, workspace, gradients, communication in _passes(work, stage, policies, states):
+        communication += gathered + states.gathered + (states.bucket if states.keeps_bucket else 0.0)
         yield Memory(*static, states.held_gradients + gradients, activations, workspace, communication)
     gradients = states.held_gradients + states.gradients
     yield Memory(*static, gradients, 0.0, 0.0, gathered + states.gathered + states.bucket + states.reduction)
@@ -73,31 +72,37 @@ def _moments(work: Workload, stage: int, policies: Mapping[str, Policy], states:
 
 def _passes(
     work: Workload, stage: int, policies: Mapping[str, Policy], states: States
-) -> Iterator[tuple[float, float, float, bool, bool]]:
-    """The newest micro-batch's passes through each piece.
-
-    Returns:
-        Activations, workspace, gradients; whether the bucket for gradients exists, and whether ZeRO 3 fetches weights.
-    """
+) -> Iterator[tuple[float, float, float, float]]:
+    """The newest micro-batch's passes through each piece: activations, workspace, gradients, what is being sent."""
     pieces = work.stages[stage]
     found = [piece_activations(work, piece.name, policies.get(piece.name, "none")) for piece in pieces]
     in_flight = work.in_flight(stage)
     received = received_bytes(work, pieces[0].name) if stage else 0.0
-    before = (in_flight - 1) * (sum(one.kept for one in found) + received) + received
+    kept = (in_flight - 1) * (sum(one.kept for one in found) + received) + received
     # Once as many micro-batches are in flight as ever, a first backward pass has run, unless there are no more.
     is_first = work.num_micro_batches <= in_flight
-    full = states.gradients if work.parallel.zero_stage < 2 or work.parallel.pipeline > 1 else states.accumulated
-    later = sum(work.parameters(piece) for piece in pieces)
-    kept, total = before, max(1, later)
-    again = later > LIVE_VALUES  # what was gathered in the forward pass has not stayed
+    before = 0.0 if is_first else states.accumulated
+    bucket = 0.0 if states.keeps_bucket or _reduces_later(work) else states.bucket
+    total = later = sum(work.parameters(piece) for piece in pieces)
     for piece, one in zip(pieces, found, strict=True):
         kept += one.kept
-        fetches = piece is not pieces[-1]  # by then all are there
-        yield kept, one.forward, 0.0 if is_first else full, not is_first and work.parallel.zero_stage == 1, fetches
+        fetched = states.prefetched if piece is not pieces[-1] else 0.0  # by then all are there
+        yield kept, one.forward, before, fetched + (0.0 if is_first or work.parallel.zero_stage != 1 else bucket)
         later -= work.parameters(piece)
-        own = _own_gradient(work, piece)
-        arisen = states.gradients * later / total if is_first or work.parallel.zero_stage > 1 else 0.0
-        yield kept, one.backward + own, arisen + (0.0 if is_first else full), True, fetches and again
+        if work.parallel.zero_stage >= 2 and work.parallel.pipeline == 1:
+            has_reduced = total - later > bucket_values(total)  # a first bucket; then this process's part is there
+            arisen = states.gradients if has_reduced and (is_first or states.adds_gradients) else 0.0
+            sent = bucket + (states.transit if has_reduced else 0.0)
+        else:
+            arisen = states.gradients * later / max(1, total) if is_first else 0.0
+            sent = bucket
+        sent += fetched if total > LIVE_VALUES else 0.0  # what was gathered in the forward pass has not stayed
+        yield kept, one.backward + _own_gradient(work, piece), before + arisen, sent
+
+
+def _reduces_later(work: Workload) -> bool:
+    """Whether ZeRO 2 makes its bucket when all micro-batches have been through a pipeline."""
+    return work.parallel.zero_stage == 2 and work.parallel.pipeline > 1
 
 
 def _own_gradient(work: Workload, piece: PieceCost) -> float:

@@ -26,10 +26,12 @@ class States:
         gradients: what the backward pass of a micro-batch adds to them; where they go into the bucket as they arise,
             this process's part alone.
         accumulated: what is left of them while further micro-batches run.
+        adds_gradients: those of further micro-batches are brought together before they are added.
         bucket: into which gradients are brought together, during backward passes.
         keeps_bucket: it exists in the whole step.
         gathered: parameters that ZeRO 3 has brought together.
         prefetched: the piece in which it receives more of them, until each has been copied from it.
+        transit: of one bucket on its way, while it is reduced during the backward pass.
         reduction: beside all gradients, when they are reduced; activations are gone by then.
         update: beside the accumulated gradients, during the update.
     """
@@ -39,10 +41,12 @@ class States:
     held_gradients: float = 0.0
     gradients: float
     accumulated: float
+    adds_gradients: bool = True
     bucket: float = 0.0
     keeps_bucket: bool = False
     gathered: float = 0.0
     prefetched: float = 0.0
+    transit: float = 0.0
     reduction: float
     update: float
 
@@ -86,6 +90,16 @@ def _largest_group(work: Workload, parameters: float) -> float:
     return max(exempt, parameters - exempt)
 
 
+def _head_values(work: Workload) -> float:
+    """Values of the largest parameter of a large model, on one tensor-parallel rank."""
+    return work.model.vocab_size / work.parallel.tensor * work.model.stacks[-1].hidden_size
+
+
+def _flat_gradients(work: Workload, parameters: float) -> float:
+    """Bytes of one group's gradients, side by side for the optimizer."""
+    return 4 * _largest_group(work, parameters) / work.parallel.data
+
+
 def _replicated(work: Workload, parameters: float) -> States:
     """ZeRO 0, fp32: everything on each process; gradients are copied together to be summed."""
     return States(
@@ -121,30 +135,49 @@ def _sharded_optimizer(work: Workload, parameters: float) -> States:
         accumulated=4 * parameters,
         bucket=_bucket(work, parameters, 4),
         reduction=part,
-        update=part - 4 * parameters + 4 * _largest_group(work, parameters) / work.parallel.data,
+        update=part - 4 * parameters + _flat_gradients(work, parameters),
     )
 
 
 def _sharded_gradients(work: Workload, parameters: float) -> States:
-    """ZeRO 2: gradients of each micro-batch, of which each process adds its part to an fp32 sum."""
+    """ZeRO 2: of each micro-batch's gradients a process keeps its part, all of it from the first one that it owns."""
+    if work.parallel.pipeline > 1:
+        return _sharded_gradients_of_a_pipeline(work, parameters)
     size, part = work.value_bytes, 4 * parameters / work.parallel.data
-    is_pipelined = work.parallel.pipeline > 1
-    cast = 4 * bucket_values(parameters) if work.precision == "bf16" else 0.0
+    is_summed_in_place = work.precision == "bf16"  # in fp32 parts of further micro-batches are made, and added
+    # Copied to be sent, and in bf16 once more as fp32; what is larger than the bucket goes by itself.
+    transit = (size + 4 * (size < 4)) * max(bucket_values(parameters), _head_values(work))
     return States(
         parameters=size * parameters,
         optimizer=3 * part,
-        gradients=size * parameters if is_pipelined else part,
-        accumulated=size * parameters if is_pipelined else part,
+        gradients=part,
+        accumulated=part,
+        adds_gradients=not is_summed_in_place,
         bucket=_bucket(work, parameters, size),
-        reduction=cast + (part if is_pipelined or work.num_micro_batches > 1 else 0.0),
-        update=4 * _largest_group(work, parameters) / work.parallel.data,
+        transit=transit,
+        reduction=transit + (0.0 if is_summed_in_place or work.num_micro_batches == 1 else part),
+        update=_gathering_copy(work, parameters) if is_summed_in_place else _flat_gradients(work, parameters),
+    )
+
+
+def _sharded_gradients_of_a_pipeline(work: Workload, parameters: float) -> States:
+    """ZeRO 2, fp32: stages sum all gradients of their micro-batches, which are reduced once."""
+    part = 4 * parameters / work.parallel.data
+    return States(
+        parameters=4 * parameters,
+        optimizer=3 * part,
+        gradients=4 * parameters,
+        accumulated=4 * parameters,
+        bucket=_bucket(work, parameters, 4),
+        reduction=part,
+        update=_flat_gradients(work, parameters),
     )
 
 
 def _sharded_parameters(work: Workload, parameters: float) -> States:
     """ZeRO 3: what is gathered of the parameters counts among the buffers."""
     size, part = work.value_bytes, parameters / work.parallel.data
-    scattered = 4 * bucket_values(parameters) * (1 if work.on_gpu else 2)
+    scattered = 4 * max(bucket_values(parameters), _head_values(work)) * (1 if work.on_gpu else 2)
     return States(
         parameters=size * part,
         optimizer=12 * part,
@@ -155,8 +188,9 @@ def _sharded_parameters(work: Workload, parameters: float) -> States:
         keeps_bucket=True,
         gathered=size * min(parameters, LIVE_VALUES) if work.parallel.data > 1 else 0.0,
         prefetched=size * min(parameters, PREFETCHED_VALUES) if work.parallel.data > 1 else 0.0,
+        transit=scattered,
         reduction=scattered,
-        update=4 * _largest_group(work, parameters) / work.parallel.data,
+        update=_flat_gradients(work, parameters),
     )
 
 

@@ -4,10 +4,10 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
 
-from parallel.block_parallel import holds_own_blocks
 from parallel.component_config import DecoderConfig
 from parallel.config import ModelConfig, ParallelConfig
 from parallel.costs import PieceCost, pipeline_split
+from parallel.structure import holds_own_blocks
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class Workload:
 
     def parameters(self, piece: PieceCost) -> int:
         """Values that a process holds of a piece, before ZeRO shards them."""
-        return piece.parameters if self.is_whole(piece.name) else piece.parameters_per_rank(self.parallel.tensor)
+        return piece.parameters_held(self.parallel)
 
     def positions(self, piece: str) -> float:
         """Positions of a micro-batch that the matrices of a piece's layers are multiplied with on one process."""

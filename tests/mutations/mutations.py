@@ -463,8 +463,8 @@ MUTATIONS = (
     Mutation(
         "the planner forgets in what ZeRO 3 receives weights",
         "parallel/planning/memory.py",
-        "communication += states.prefetched if is_fetching else 0.0",
-        "pass",
+        "fetched = states.prefetched if piece is not pieces[-1] else 0.0",
+        "fetched = 0.0",
         "tests/benchmarks/test_plan_against_measurement.py::"
         "test_memory_of_states_where_gradients_are_reduced_as_they_arise",
     ),

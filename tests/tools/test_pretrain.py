@@ -95,6 +95,22 @@ def test_second_start_reports_completion_and_changes_nothing(finished: tuple[Pat
     assert {path: path.stat().st_mtime_ns for path in run_folder(config_file).rglob("*")} == before
 
 
+def test_a_dry_run_is_quick(config_file: Path) -> None:
+    """Jobs begin with one: it needs neither torch nor a GPU. Block parallelism has each rank hold the blocks whole."""
+    line = (
+        "import runpy, sys; runpy.run_path(sys.argv[0], run_name='__main__'); "
+        "sys.exit('torch' in sys.modules and 'torch was imported')"
+    )
+    counts = []
+    for is_block_parallel in ("true", "false"):
+        layout = ["parallel.tensor=2", f"parallel.block_parallel={is_block_parallel}", "--dry-run"]
+        code = f"import sys; sys.argv = {[COMMAND[1], str(config_file), *layout]!r}; {line}"
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+        assert (done.returncode, done.stderr) == (0, "")
+        counts.append(int(done.stdout.split("size 2):\n  stage 0: ")[1].split()[0].replace(",", "")))
+    assert counts[0] > counts[1]
+
+
 def test_a_sweep_without_slurm_runs_one_point_after_another(
     finished: tuple[Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
