@@ -48,6 +48,7 @@ from parallel.planning.search import evaluate
 from parallel.planning.workload import Workload
 from slurm.identity import free_port
 from tools.command_line import exit_on_termination, make_output_folder, positive, run
+from tools.output_file import check_output_file, write_output_file
 
 MIB = 2**20
 ROUNDS = 3
@@ -288,6 +289,7 @@ def main() -> None:
     record = read_record(arguments.output)
     if arguments.output:
         make_output_folder(arguments.output.parent)
+        check_output_file(arguments.output)
     if not arguments.times_only:
         for work in works:
             if describe(work) not in record.memory:
@@ -322,9 +324,7 @@ def parse_arguments() -> argparse.Namespace:
 def save(record: Record, path: Path | None) -> None:
     """Keeps measurements for the next call."""
     if path:
-        unfinished = path.with_name(f"{path.name}.new")
-        unfinished.write_text(record.model_dump_json(indent=1) + "\n", encoding="utf-8")
-        unfinished.replace(path)
+        write_output_file(path, record.model_dump_json(indent=1) + "\n")
 
 
 if __name__ == "__main__":

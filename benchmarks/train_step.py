@@ -35,10 +35,10 @@ import torch
 from parallel.costs import forward_flops_per_token
 from parallel.device_limits import DeviceLimits, measure_device_limits
 from parallel.errors import ConfigurationError
-from parallel.output_file import check_output_file, write_output_file
 from parallel.planning.search import largest_memory
 from slurm.identity import free_port
 from tools.command_line import exit_on_termination, make_output_folder, positive, run
+from tools.output_file import check_output_file, write_output_file
 from train.config import REPOSITORY, RunConfig
 from train.config_file import load_config
 from train.throughput import BACKWARD_FACTOR

@@ -31,11 +31,11 @@ from parallel.planning.calibration import (
     BenchmarkEntry,
     Constants,
     Measured,
-    check_place_of_constants,
+    constants_text,
     fit,
+    has_constants,
     read_benchmark,
     read_constants,
-    write_constants,
 )
 from parallel.planning.communication import Cluster
 from parallel.planning.hardware import DEVICES, NETWORKS, NO_NETWORK
@@ -43,6 +43,7 @@ from parallel.planning.report import explanation, plan_table, plan_values, why_n
 from parallel.planning.search import Plan, Search, Training, search
 from parallel.planning.workload import Workload
 from tools.command_line import positive, run
+from tools.output_file import check_output_file, write_output_file
 from train.config import REPOSITORY, RunConfig
 from train.config_file import load_config
 from train.model_table import run_files
@@ -236,7 +237,11 @@ def calibrate(arguments: argparse.Namespace) -> None:
     """
     if arguments.output is None:
         raise ConfigurationError("--calibrate needs --output; name the file that --constants is to read")
-    check_place_of_constants(arguments.output)
+    check_output_file(arguments.output)
+    if arguments.output.is_file() and arguments.output.stat().st_size and not has_constants(arguments.output):
+        raise ConfigurationError(
+            f"--output {arguments.output} is there and is no file of constants; name another file or remove it"
+        )
     benchmark = read_benchmark(arguments.calibrate)
     possible = kinds_of_device(benchmark)
     if arguments.gpu not in possible:
@@ -260,7 +265,7 @@ def calibrate(arguments: argparse.Namespace) -> None:
     rates = start.flops_per_second | {benchmark.precision: benchmark.flops_per_second}
     limits: dict[str, Any] = {"flops_per_second": rates, "bytes_per_second": benchmark.bytes_per_second}
     device = fit(start.model_copy(update=limits), arguments.gpus_per_node, None, measured)
-    write_constants(arguments.output, Constants(device=device))
+    write_output_file(arguments.output, constants_text(Constants(device=device)))
     print(f"fitted {device.name} to {len(measured)} of {len(benchmark.entries)} measured steps: {arguments.output}")
 
 

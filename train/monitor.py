@@ -2,7 +2,6 @@
 
 import json
 import os
-import resource
 import sys
 import time
 from collections.abc import Iterable
@@ -15,6 +14,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from parallel.planning.step_time import stage_balance
+from parallel.resident_memory import peak_resident_bytes
 from parallel.stage_clock import PipelineUse
 from train.checkpointing import FinishedSave, Progress
 from train.config import RunConfig
@@ -26,7 +26,6 @@ from train.startup import StartupClock
 from train.status import PROGRESS_FILE
 from train.throughput import SpeedMeter
 
-STATUS = Path("/proc/self/status")  # of this process, where there is Linux
 MAXIMUM_CLOCK_DIFFERENCE = 10.0  # seconds between the clocks of the nodes of two attempts
 
 
@@ -34,11 +33,7 @@ def peak_memory_bytes() -> int:
     """Peak memory of this process: the allocator's on GPU, resident set size on CPU."""
     if torch.cuda.is_available():
         return int(torch.cuda.max_memory_allocated())
-    # Not ru_maxrss, which begins with the peak of the process that started this one.
-    for line in STATUS.read_text("utf-8", "replace").splitlines() if STATUS.exists() else ():
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return peak_resident_bytes()
 
 
 def _wait_for_a_later_name(folder: Path) -> None:

@@ -6,7 +6,8 @@ from pathlib import Path
 import psutil
 import torch
 
-STATUS = Path("/proc/self/status")
+from parallel.resident_memory import peak_resident_bytes
+
 RESET_PEAK = Path("/proc/self/clear_refs")
 
 
@@ -29,5 +30,4 @@ class PeakMemory:
         """The peak so far, minus what was in use at the beginning."""
         if self._device.type == "cuda":
             return int(torch.cuda.max_memory_allocated(self._device)) - self._before
-        peak = next(line for line in STATUS.read_text().splitlines() if line.startswith("VmHWM:"))
-        return max(0, int(peak.split()[1]) * 1024 - self._before)
+        return max(0, peak_resident_bytes() - self._before)

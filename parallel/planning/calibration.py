@@ -20,7 +20,6 @@ from pydantic import (
 )
 
 from parallel.errors import ConfigurationError
-from parallel.output_file import check_output_file, write_output_file
 from parallel.planning.communication import Cluster
 from parallel.planning.hardware import Device, Network
 from parallel.planning.search import evaluate
@@ -69,20 +68,7 @@ def read_constants(path: Path) -> Constants:
     raise ConfigurationError(f"--constants {path} cannot be read ({reason}); write one with tools/plan.py --calibrate")
 
 
-def check_place_of_constants(path: Path) -> None:
-    """Finds out, before the fit, whether constants can be written to a file without losing another kind of file.
-
-    Raises:
-        ConfigurationError: it is there and has something else than constants, or cannot be written.
-    """
-    check_output_file(path)
-    if path.is_file() and path.stat().st_size and not _has_constants(path):
-        raise ConfigurationError(
-            f"--output {path} is there and is no file of constants; name another file or remove it"
-        )
-
-
-def _has_constants(path: Path) -> bool:
+def has_constants(path: Path) -> bool:
     """Whether a file holds constants of this or another version."""
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -91,14 +77,10 @@ def _has_constants(path: Path) -> bool:
     return isinstance(values, dict) and "device" in values
 
 
-def write_constants(path: Path, constants: Constants) -> None:
-    """Writes a file of constants.
-
-    Raises:
-        ConfigurationError: it cannot be written.
-    """
-    text = "# Constants of tools/plan.py --constants, fitted to a benchmark.\n"
-    write_output_file(path, text + yaml.safe_dump(constants.model_dump(mode="json"), sort_keys=False))
+def constants_text(constants: Constants) -> str:
+    """What a file for --constants holds."""
+    values = yaml.safe_dump(constants.model_dump(mode="json"), sort_keys=False)
+    return f"# Constants of tools/plan.py --constants, fitted to a benchmark.\n{values}"
 
 
 @dataclass(frozen=True)

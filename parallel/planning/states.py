@@ -4,7 +4,7 @@ As DeepSpeed 0.19 does it with train/optimizer.py's settings; a test compares th
 P values of the stage on this tensor-parallel rank, D data-parallel processes, t bytes of a weight.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from parallel.planning.workload import Workload
 
@@ -141,8 +141,8 @@ def _sharded_optimizer(work: Workload, parameters: float) -> States:
 
 def _sharded_gradients(work: Workload, parameters: float) -> States:
     """ZeRO 2: of each micro-batch's gradients a process keeps its part, all of it from the first one that it owns."""
-    if work.parallel.pipeline > 1:
-        return _sharded_gradients_of_a_pipeline(work, parameters)
+    if work.parallel.pipeline > 1:  # gradients stay whole until all micro-batches have been through it, as under ZeRO 1
+        return replace(_sharded_optimizer(work, parameters), update=_flat_gradients(work, parameters))
     size, part = work.value_bytes, 4 * parameters / work.parallel.data
     is_summed_in_place = work.precision == "bf16"  # in fp32 parts of further micro-batches are made, and added
     # Copied to be sent, and in bf16 once more as fp32; what is larger than the bucket goes by itself.
@@ -157,20 +157,6 @@ def _sharded_gradients(work: Workload, parameters: float) -> States:
         transit=transit,
         reduction=transit + (0.0 if is_summed_in_place or work.num_micro_batches == 1 else part),
         update=_gathering_copy(work, parameters) if is_summed_in_place else _flat_gradients(work, parameters),
-    )
-
-
-def _sharded_gradients_of_a_pipeline(work: Workload, parameters: float) -> States:
-    """ZeRO 2, fp32: stages sum all gradients of their micro-batches, which are reduced once."""
-    part = 4 * parameters / work.parallel.data
-    return States(
-        parameters=4 * parameters,
-        optimizer=3 * part,
-        gradients=4 * parameters,
-        accumulated=4 * parameters,
-        bucket=_bucket(work, parameters, 4),
-        reduction=part,
-        update=_flat_gradients(work, parameters),
     )
 
 

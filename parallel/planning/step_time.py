@@ -251,11 +251,8 @@ def _messages(work: Workload, cluster: Cluster) -> float:
         return 0.0
     span = work.parallel.world_size  # where the way between two stages is longest, all wait
     largest = max(received_bytes(work, stage[0].name) for stage in work.stages[1:])
-    return (
-        2.0
-        * (work.num_micro_batches + work.parallel.pipeline - 2)
-        * cluster.send(largest, span, work.parallel.tensor * work.parallel.data)
-    )
+    messages = 2.0 * (work.num_micro_batches + work.parallel.pipeline - 2)
+    return messages * cluster.send(largest, span, work.parallel.tensor * work.parallel.data)
 
 
 def _data_seconds(work: Workload, cluster: Cluster, stage: int) -> float:

@@ -1,6 +1,5 @@
 """Constants are found again from step times that were computed with them; files that are no benchmark are refused."""
 
-import errno
 import json
 from pathlib import Path
 
@@ -8,7 +7,7 @@ import pytest
 
 from parallel.config import ParallelConfig
 from parallel.errors import ConfigurationError
-from parallel.planning.calibration import Constants, Measured, fit, read_benchmark, read_constants, write_constants
+from parallel.planning.calibration import Constants, Measured, constants_text, fit, read_benchmark, read_constants
 from parallel.planning.communication import Cluster
 from parallel.planning.hardware import DEVICES
 from parallel.planning.search import evaluate
@@ -29,7 +28,7 @@ def test_constants_are_found_again(tmp_path: Path) -> None:
     ]
     measured = [Measured(work, evaluate(work, Cluster(true, 8, None)).time.total) for work in works]
     found = fit(start, 8, None, measured)
-    write_constants(tmp_path / "constants.yaml", Constants(device=found))
+    (tmp_path / "constants.yaml").write_text(constants_text(Constants(device=found)))
     assert read_constants(tmp_path / "constants.yaml").device == found
     for one in measured:
         assert evaluate(one.work, Cluster(found, 8, None)).time.total == pytest.approx(one.step_seconds, rel=0.1)
@@ -98,19 +97,3 @@ def test_files_that_are_no_constants(tmp_path: Path, text: str, message: str) ->
     path.write_text(text)
     with pytest.raises(ConfigurationError, match=rf"^--constants {path} cannot be read \({message}[^\n]*--calibrate$"):
         read_constants(path)
-
-
-def test_constants_appear_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "constants.yaml"
-    write_constants(path, Constants(device=DEVICES["cpu"]))
-    whole = path.read_text()
-
-    def fill_the_disk(self: Path, text: str, **_: object) -> None:
-        self.write_bytes(text[:50].encode())
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(Path, "write_text", fill_the_disk)
-    with pytest.raises(ConfigurationError, match="No space left"):
-        write_constants(path, Constants(device=DEVICES["h100-80g"]))
-    assert path.read_text() == whole
-    assert list(tmp_path.iterdir()) == [path]

@@ -1,11 +1,13 @@
 """Output files appear whole, and nothing else changes."""
 
+import errno
+import os
 from pathlib import Path
 
 import pytest
 
 from parallel.errors import ConfigurationError
-from parallel.output_file import check_output_file, write_output_file
+from tools.output_file import check_output_file, write_output_file
 
 
 def test_neighbours_and_links_stay(tmp_path: Path) -> None:
@@ -35,3 +37,17 @@ def test_what_cannot_be_written_is_said_before_and_after(tmp_path: Path) -> None
         with pytest.raises(ConfigurationError, match="cannot be written"):
             action(tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "constants.yaml"
+    write_output_file(path, "whole")
+
+    def full_disk(_descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full_disk)
+    with pytest.raises(ConfigurationError, match="No space left"):
+        write_output_file(path, "another")
+    assert path.read_text() == "whole"
+    assert list(tmp_path.iterdir()) == [path]

@@ -1,9 +1,9 @@
 """Files named by --output that appear whole or not at all."""
 
 import os
-from contextlib import suppress
 from pathlib import Path
 
+from data.files import write_atomically
 from parallel.errors import ConfigurationError
 
 
@@ -17,9 +17,10 @@ def check_output_file(path: Path) -> None:
         if path.is_dir():
             raise IsADirectoryError(None, "Is a directory")
         if not _is_device(path):
-            unfinished = _unfinished(path)
-            unfinished.touch()
-            unfinished.unlink()
+            place = path.resolve()
+            attempt = place.with_name(f".{place.name}.{os.getpid()}.attempt")
+            write_atomically(attempt, b"")
+            attempt.unlink()
     except OSError as error:
         raise _cannot_be_written(path, error) from None
 
@@ -30,27 +31,18 @@ def write_output_file(path: Path, text: str) -> None:
     Raises:
         ConfigurationError: It cannot be written; what was there before still is.
     """
-    unfinished = path if _is_device(path) else _unfinished(path)
     try:
-        unfinished.write_text(text, encoding="utf-8")
-        if unfinished != path:
-            unfinished.replace(path.resolve())
+        if _is_device(path):
+            path.write_text(text, encoding="utf-8")
+        else:
+            write_atomically(path.resolve(), text.encode())
     except OSError as error:
-        if unfinished != path:
-            with suppress(OSError):
-                unfinished.unlink()
         raise _cannot_be_written(path, error) from None
 
 
 def _is_device(path: Path) -> bool:
     """Whether it is something like /dev/stdout, which no file can take the place of."""
     return path.exists() and not path.is_file() and not path.is_dir()
-
-
-def _unfinished(path: Path) -> Path:
-    """A name of this process's own, in the folder where the file is, even if by a link."""
-    place = path.resolve()
-    return place.with_name(f".{place.name}.{os.getpid()}.new")
 
 
 def _cannot_be_written(path: Path, error: OSError) -> ConfigurationError:
